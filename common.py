@@ -1,0 +1,901 @@
+"""What every trainer must agree on to be comparable: flags, data, views, backbones, LARS, schedules, kNN, run folder.
+
+Nothing in here knows which method is being trained: what stands in a paper's algorithm box or hyper-parameter table
+belongs in `trainers/<method>.py`. Everything a run does is a function of its flags, its seed and the step number, and
+of nothing else: not of how many processes share the batch, not of how often it was killed.
+"""
+
+import atexit
+import dataclasses
+import difflib
+import io
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+# Two chapters of this file that would make it too long to read: the random views and our own networks.
+from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
+from trainers.shared.views import (
+    CIFAR,
+    DIGITS,
+    EVAL,
+    LINEAR,
+    MOCO_V1,
+    MOCO_V2,
+    RECIPES,
+    Recipe,
+    colour_batch,
+    crop_batch,
+    crop_one,
+    sample_params,
+)
+
+ROOT = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(args_class: type, argv: Sequence[str] | None = None):
+    """Resolve flags: dataclass defaults < `--config FILE.toml` < command line, with one strict parser for all three.
+
+    With the embedded data set and no `--config`, `configs/<trainer>/digits.toml` is the file: the papers' schedules are
+    made for a million photographs. Raises SystemExit with one line that names the flag or key and the remedy.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
+    if given and argv[given[0]] == "--config" and given[0] + 1 == len(argv):
+        raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
+    if given:
+        path = Path(argv[given[0]].partition("=")[2] or argv[given[0] + 1])
+        return _parse(args_class, argv, args_class(**_read_config(args_class, path)))
+    args = _parse(args_class, argv, args_class())
+    demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
+    if getattr(args, "data", None) == "digits" and demo.exists():
+        return _parse(args_class, argv, args_class(**_read_config(args_class, demo)))
+    return args
+
+
+def _read_config(args_class: type, path: Path) -> dict:
+    """The file's values, checked by the command line's own parser, and the path itself as `config`."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SystemExit(f"--config {path}: {error.strerror or error}; the shipped ones are in configs/") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SystemExit(f"--config {path}: not valid TOML: {error}") from None
+    names = [f.name for f in dataclasses.fields(args_class)]
+    argv = []
+    for key, value in values.items():
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "the keys are the flags that --help lists"
+            raise SystemExit(f"--config {path}: unknown key {key!r}; {hint}")
+        if isinstance(value, bool):
+            argv.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)]
+        else:
+            argv.append(f"--{key}={value}")
+    args = _parse(args_class, argv, args_class(), where=f"--config {path}: ")
+    return {**vars(args), "config": path}
+
+
+def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
+    """tyro, with its boxed message folded into one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(args_class, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip(" │╭╮╰╯─-") for line in box.getvalue().splitlines()]
+        parts = [
+            line for line in lines if line and not line.startswith(("For full helptext", "(default", "Argument h"))
+        ]
+        raise SystemExit(f"{where}{': '.join(parts[1:3])}; --help lists the flags") from None
+
+
+def check_positive(args, *names: str) -> None:
+    """Stop with one line if any of these flags is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+RESIDENT_PX = 96  # images up to this side are decoded once and kept in memory
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SPLITS = {"train": ("train", "training"), "eval": ("validation", "val", "valid", "test", "testing")}
+
+
+@dataclass
+class Source:
+    """Images and perhaps labels. `pixels` (N, 3, H, W) uint8 if resident, else `read(i)` gives image i's encoded bytes."""
+
+    name: str
+    size: int
+    read: Callable[[int], bytes] | None = None
+    pixels: Tensor | None = None
+    labels: Tensor | None = None
+    classes: Sequence[str] = ()
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable images: index -> why
+    where: Callable[[int], str] = str  # an image's file or row, for messages
+
+    def __len__(self) -> int:
+        return self.size
+
+    def take(self, keep: Sequence[int]) -> "Source":
+        """The images of these indices, in this order."""
+        index = torch.as_tensor(keep, dtype=torch.long)
+        rows = index.tolist()
+        return dataclasses.replace(
+            self,
+            size=len(rows),
+            read=None if self.read is None else partial(_nth, self.read, rows),
+            pixels=None if self.pixels is None else self.pixels[index],
+            labels=None if self.labels is None else self.labels[index],
+            bad={},
+            where=partial(_nth, self.where, rows),
+        )
+
+    def decode(self, i: int) -> Tensor:
+        """Image i as (3, H, W) uint8 RGB; raises ValueError if it is not an image."""
+        return self.pixels[i] if self.pixels is not None else decode_rgb(self.read(i))
+
+
+# Module-level functions and `partial`, not lambdas: where workers are spawned and not forked they must pickle.
+def _nth(f: Callable, rows: list[int], i: int):
+    return f(rows[i])
+
+
+def _read_file(files: list[str], i: int) -> bytes:
+    return Path(files[i]).read_bytes()
+
+
+def _read_row(table, column: str, i: int) -> bytes:
+    value = table[i][column]
+    value = value if isinstance(value, dict) else {"bytes": value}
+    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+
+
+def _row_name(data: str, i: int) -> str:
+    return f"{data} row {i}"
+
+
+def decode_rgb(data: bytes) -> Tensor:
+    """Encoded image -> (3, H, W) uint8 RGB; raises ValueError for anything that is not a whole image."""
+    try:
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError):  # formats that torchvision lacks: BMP, TIFF, CMYK JPEG, ...
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        except Exception as error:  # PIL raises a dozen kinds, struct.error and SyntaxError among them
+            raise ValueError(f"{len(data)} bytes that are no whole image ({error})") from None
+
+
+def open_source(
+    data: str,
+    role: Literal["train", "eval"] = "train",
+    *,
+    split: str = "",
+    image_column: str = "",
+    label_column: str = "",
+    subset: str = "",
+    seed: int = 0,
+    resident: bool | None = None,
+) -> Source | None:
+    """Open `--data`: "digits", an image folder, a parquet file, any `datasets` layout, or a Hugging Face dataset id.
+
+    `role` chooses the split where `split` names none; "eval" gives None where there is no second split. `subset` is a
+    count ("5000") or a share ("10%") drawn once from `seed`. Small images are decoded into memory unless
+    `resident=False`. Raises SystemExit with the remedy if there are no images, no such split or no such column.
+    """
+    path = Path(data).expanduser()
+    if data == "digits":
+        source = _digits(role)
+    elif path.is_dir() and not _has_tables(path):
+        source = _open_folder(path, role, split)
+    else:
+        source = _open_dataset(data, path, role, split, image_column, label_column)
+    if source is None:
+        return None
+    if subset and role == "train":
+        source = source.take(_subset(len(source), subset, seed))
+    return source if resident is False or source.pixels is not None else _make_resident(source, force=bool(resident))
+
+
+def _subset(n: int, subset: str, seed: int) -> list[int]:
+    try:
+        count = round(n * float(subset[:-1]) / 100) if subset.endswith("%") else int(subset)
+    except ValueError:
+        raise SystemExit(f'--subset {subset}: give a number of images ("5000") or a share ("10%")') from None
+    if not 1 <= count <= n:
+        raise SystemExit(f"--subset {subset}: asks for {count} of {n} images")
+    return sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def _digits(role: str) -> Source:
+    """scikit-learn's 8x8 digits, drawn as (N, 3, 32, 32) in random colours on random grounds, shifted, turned, scaled.
+
+    1,437 digits drawn 4 times to train on, the other 360 once to test; the same pixels on every machine.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = order[:1437].repeat(4) if role == "train" else order[1437:]
+    g = torch.Generator().manual_seed(1 if role == "train" else 2)
+    n = len(chosen)
+    angle = (torch.rand(n, generator=g) - 0.5) * (math.pi / 7.5)  # up to 12 degrees either way
+    scale = 1.0 + 0.6 * torch.rand(n, generator=g)  # the digit takes 60 to 100 % of the side
+    shift = (torch.rand(n, 2, generator=g) - 0.5) * 0.4
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(n, 2, 2)
+    grid = F.affine_grid(torch.cat([turn * scale.view(n, 1, 1), shift.unsqueeze(2)], 2), [n, 1, 32, 32], False)
+    ink = F.grid_sample(images[chosen], grid, align_corners=False)
+    ground, colour = torch.rand(2, n, 3, 1, 1, generator=g)
+    light = ground.mean(dim=1, keepdim=True)
+    close = (colour.mean(dim=1, keepdim=True) - light).abs() < 0.25  # unreadable in grey: darken or brighten the ink
+    colour = torch.where(close, torch.where(light > 0.5, 0.2 * colour, 1 - 0.2 * (1 - colour)), colour)
+    noise = 0.04 * torch.randn(n, 3, 32, 32, generator=g)
+    pixels = (ground + ink * (colour - ground) + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Source("digits", n, pixels=pixels, labels=labels[chosen], classes=[str(i) for i in range(10)])
+
+
+def _has_tables(path: Path) -> bool:
+    """Whether a folder is a `datasets` layout (parquet, arrow, csv, json) and not a plain tree of image files."""
+    tables = {".parquet", ".arrow", ".csv", ".json", ".jsonl"}
+    return any(f.suffix in tables for pattern in ("*", "data/*", "*/*.parquet") for f in path.glob(pattern))
+
+
+def _pick_split(names: Sequence[str], role: str, split: str, data: str) -> str | None:
+    """The split to open: the one asked for, else the usual names; a single split serves training only."""
+    if split:
+        if split not in names:
+            raise SystemExit(f"--split {split}: {data} has {', '.join(names) or 'no splits'}")
+        return split
+    found = [name for wanted in SPLITS[role] for name in names if name == wanted]
+    if not found and role == "train" and len(names) > 1:
+        raise SystemExit(f"--data {data}: no split is called train; choose one with --split: {', '.join(names)}")
+    return found[0] if found else names[0] if role == "train" else None
+
+
+def _open_folder(path: Path, role: str, split: str) -> Source | None:
+    """A tree of image files: train/ and val/ below it are splits, the folders below those are classes."""
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    named = [name for name in folders if name == split or name in SPLITS["train"] + SPLITS["eval"]]
+    if named:
+        chosen = _pick_split(named, role, split, str(path))
+        if chosen is None:
+            return None
+        path = path / chosen
+    elif split:
+        raise SystemExit(f"--split {split}: {path} has no folder of that name; it has {', '.join(folders) or 'none'}")
+    elif role == "eval":
+        return None
+    files = sorted(os.path.join(d, f) for d, _, fs in os.walk(path, followlinks=True) for f in fs)
+    files = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise SystemExit(f"--data {path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder or below it")
+    parts = [os.path.relpath(f, path).split(os.sep) for f in files]
+    labels, classes = None, []
+    if all(len(p) > 1 for p in parts):  # a file at the top means that the folders are not classes
+        classes = sorted({p[0] for p in parts})
+        number = {name: i for i, name in enumerate(classes)}
+        labels = torch.tensor([number[p[0]] for p in parts])
+    read = partial(_read_file, files)
+    return Source(str(path), len(files), read, labels=labels, classes=classes, where=files.__getitem__)
+
+
+def _open_dataset(data: str, path: Path, role: str, split: str, image_column: str, label_column: str) -> Source | None:
+    """A parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub."""
+    import datasets  # takes a second: only runs that use it pay
+
+    datasets.disable_progress_bars()
+    local = path.exists() or "*" in data
+    if not local and (data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1):
+        raise SystemExit(f"--data {data}: no such file or folder")
+    try:
+        if path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            opened = datasets.load_from_disk(str(path))
+        elif local and not path.is_dir():
+            opened = datasets.load_dataset("parquet", data_files=str(path))
+        else:
+            opened = datasets.load_dataset(str(path) if local else data)
+    except Exception as error:  # datasets raises whatever its readers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = "is the file whole?" if local else "check the id and the connection, or give a local folder"
+        raise SystemExit(f"--data {data}: cannot be opened ({reason}); {remedy}") from None
+    if isinstance(opened, datasets.DatasetDict):
+        name = _pick_split(list(opened), role, split, data)
+        if name is None:
+            return None
+        opened = opened[name]
+    elif role == "eval":
+        return None
+    columns = opened.features
+    images = [k for k, f in columns.items() if isinstance(f, datasets.Image)]
+    if image_column and image_column not in columns:
+        raise SystemExit(f"--image-column {image_column}: {data} has the columns {', '.join(columns)}")
+    if not image_column and not images:
+        raise SystemExit(f"--data {data}: no image column; name it with --image-column: {', '.join(columns)}")
+    image_column = image_column or images[0]
+    named = [k for k, f in columns.items() if isinstance(f, datasets.ClassLabel)]
+    named += [k for k in ("label", "labels", "fine_label") if k in columns]
+    if label_column and label_column not in columns:
+        raise SystemExit(f"--label-column {label_column}: {data} has the columns {', '.join(columns)}")
+    labels, classes = None, []
+    if label_column or named:
+        label_column = label_column or named[0]
+        values = opened[label_column][:]
+        if isinstance(columns[label_column], datasets.ClassLabel):
+            classes = columns[label_column].names
+            labels = torch.tensor(values)
+        else:  # whole numbers stand for themselves, anything else is numbered in sorted order
+            whole = all(isinstance(v, int) and v >= 0 for v in values)
+            classes = [str(i) for i in range(max(values) + 1)] if whole else sorted(map(str, set(values)))
+            number = {name: i for i, name in enumerate(classes)}
+            labels = torch.tensor([number[str(v)] for v in values])
+    raw = opened.select_columns([image_column])
+    if isinstance(columns[image_column], datasets.Image):
+        raw = raw.cast_column(image_column, datasets.Image(decode=False))
+
+    read = partial(_read_row, raw, image_column)
+    return Source(data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data))
+
+
+def _make_resident(source: Source, force: bool) -> Source:
+    """Decode images of one small size into one tensor, once; larger or mixed sizes come back as they were."""
+    for i in range(min(len(source), 10)):
+        try:
+            first = source.decode(i)
+            break
+        except ValueError:
+            continue
+    else:
+        raise SystemExit(f"--data {source.name}: the first {min(len(source), 10)} images cannot be read")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    if not force and (max(first.shape[1:]) > RESIDENT_PX or len(source) * first.numel() > memory // 4):
+        return source
+    pixels = torch.empty(len(source), *first.shape, dtype=torch.uint8)
+    bad: dict[int, str] = {}
+    mixed: list[int] = []
+
+    def put(i: int) -> None:
+        if mixed:
+            return
+        try:
+            image = source.decode(i)
+        except ValueError as error:
+            bad[i] = str(error)
+            return
+        if image.shape == first.shape:
+            pixels[i] = image
+        else:
+            mixed.append(i)
+
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
+        for _ in pool.map(put, range(len(source)), chunksize=256):
+            pass
+    if mixed:
+        return source
+    whole = dataclasses.replace(source, pixels=pixels, read=None)
+    check_bad(source.name, bad, len(source))
+    if not bad:
+        return whole
+    kept = whole.take([i for i in range(len(source)) if i not in bad])
+    kept.bad = {i: f"{source.where(i)}: {why}" for i, why in bad.items()}
+    return kept
+
+
+def check_bad(name: str, bad: dict, total: int) -> None:
+    """More than 1 % unreadable images stop a run: then it is the data that is wrong, not a file."""
+    if len(bad) > max(1, 0.01 * total):
+        example = next(iter(bad.values()))
+        raise SystemExit(
+            f"--data {name}: {len(bad)} of {total} images cannot be read (over 1 %), the first: {example}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    views: list[Tensor]  # one (B, 3, S, S) float in [0, 1] per view, this process's share
+    labels: Tensor | None  # (B,) long
+    indices: Tensor  # (B,) long, position in the source
+
+
+class Batches:
+    """`batch(step)`: this process's share of the global batch of that step, a pure function of (seed, step).
+
+    The order of an epoch comes from (seed, epoch), each view's crop and colours from (seed, epoch, image, view): the
+    same images and views whatever the number of processes or workers and wherever a run was resumed. The last partial
+    batch of an epoch is dropped. `views` lists (recipe, side in pixels), one per view.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        views: Sequence[tuple[Recipe, int]],
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        num_workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if batch_size > len(source):
+            raise SystemExit(f"--batch-size {batch_size}: larger than the {len(source)} images of {source.name}")
+        self.source, self.views, self.batch_size, self.seed = source, list(views), batch_size, seed
+        self.device, self.rank, self.world, self.num_workers = device, rank, world, num_workers
+        self.steps_per_epoch = len(source) // batch_size
+        self.resident = source.pixels is not None
+        self._pixels = source.pixels.to(device) if self.resident else None
+        self._order: tuple[int, Tensor] | None = None
+        self._stream: Iterator | None = None
+        self._next = -1  # the step that the running stream would give
+
+    def epoch(self, step: int) -> int:
+        """The epoch that a step belongs to, from 0."""
+        return step // self.steps_per_epoch
+
+    def progress(self, step: int) -> float:
+        """Epochs done before a step, with fractions."""
+        return step / self.steps_per_epoch
+
+    def indices(self, step: int) -> Tensor:
+        """Which images this process sees at this step, (batch_size / world,) long."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self.source), generator=g)
+        share = self.batch_size // self.world
+        start = at * self.batch_size + self.rank * share
+        return self._order[1][start : start + share]
+
+    def batch(self, step: int) -> Batch:
+        epoch, indices = self.epoch(step), self.indices(step)
+        views = []
+        if self.resident:
+            images = self._pixels[indices.to(self.device)]
+            heights = torch.full((len(indices),), images.shape[2])
+            widths = torch.full((len(indices),), images.shape[3])
+            for v, (recipe, size) in enumerate(self.views):
+                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+                views.append(colour_batch(crop_batch(images, params, size, recipe), params, recipe))
+        else:
+            crops, heights, widths = self._streamed(step)
+            for v, (recipe, size) in enumerate(self.views):
+                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+                crop = crops[v].to(self.device, non_blocking=True).float().div_(255)
+                views.append(colour_batch(crop, params, recipe))
+        labels = self.source.labels
+        return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
+
+    def _streamed(self, step: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The crops of this step from the workers; asking for another step than the next restarts the stream there."""
+        if step != self._next:
+            loader = DataLoader(
+                Crops(self.source, self.views, self.seed),
+                batch_sampler=StepSampler(self, step),
+                num_workers=self.num_workers,
+                collate_fn=_stack,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=WorkerInit() if self.num_workers else None,
+                generator=torch.Generator().manual_seed(self.seed),  # else iter() would draw from the global RNG
+            )
+            self._stream = iter(loader)
+        self._next = step + 1
+        try:
+            crops, sizes, bad = next(self._stream)
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise SystemExit(
+                f"a data worker died ({str(error).splitlines()[0]}): too little memory or shared memory? "
+                "Lower --num-workers (0 decodes in the main process); --resume continues from the last checkpoint"
+            ) from None
+        for i, why in bad:
+            self.source.bad.setdefault(i, why)
+        check_bad(self.source.name, self.source.bad, len(self.source))
+        return crops, sizes[:, 0], sizes[:, 1]
+
+
+class StepSampler:
+    """Yields, from `first_step` on and without end, the (epoch, index) pairs of this process's batches."""
+
+    def __init__(self, batches: Batches, first_step: int):
+        self.batches, self.first_step = batches, first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.first_step
+        while True:
+            epoch = self.batches.epoch(step)
+            yield [(epoch, i) for i in self.batches.indices(step).tolist()]
+            step += 1
+
+
+class Crops(Dataset):
+    """Decodes image `index` once and cuts every view's crop from it; runs in the data workers."""
+
+    def __init__(self, source: Source, views: Sequence[tuple[Recipe, int]], seed: int):
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], tuple[int, int], list[tuple[int, str]]]:
+        epoch, index = key
+        image, bad = self.decode(index)
+        height, width = image.shape[1:]
+        crops = []
+        for v, (recipe, size) in enumerate(self.views):
+            sides = torch.tensor([height]), torch.tensor([width])
+            params = sample_params(recipe, self.seed, epoch, torch.tensor([index]), v, *sides, size)
+            crops.append(crop_one(image, params, 0, size, recipe))
+        return crops, (height, width), bad
+
+    def decode(self, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
+        """The image, or the nearest readable one after it and what was wrong with those in between."""
+        bad = []
+        for i in range(index, index + 100):
+            i %= len(self.source)
+            try:
+                return self.source.decode(i), bad
+            except (ValueError, OSError) as error:
+                bad.append((i, f"{self.source.where(i)}: {error}"))
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), bad  # 100 in a row: the caller stops the run
+
+
+def _stack(samples: list) -> tuple[list[Tensor], Tensor, list[tuple[int, str]]]:
+    views = [torch.stack(crops) for crops in zip(*(s[0] for s in samples), strict=True)]
+    return views, torch.tensor([s[1] for s in samples]), [b for s in samples for b in s[2]]
+
+
+class WorkerInit:
+    """Data workers outlive a SIGTERM to the process group, so that the trainer can save, but not the trainer itself.
+
+    Ignoring the signal outright would hang the exit: multiprocessing ends live workers with that very signal.
+    """
+
+    def __init__(self):
+        self.closing = multiprocessing.Event()
+        atexit.register(self.closing.set)  # runs before multiprocessing's own exit hook
+
+    def __call__(self, _: int) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if self.closing.is_set() else None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
+
+
+def eval_batches(
+    source: Source, recipe: Recipe, size: int, batch_size: int, device: torch.device, num_workers: int, rank=0, world=1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of a source, in order and once: (x (B, 3, S, S) in [0, 1], indices (B,))."""
+    share = torch.arange(len(source)).tensor_split(world)[rank]
+    if source.pixels is None:
+        dataset = Crops(source, [(recipe, size)], 0)
+        keys = [[(0, i) for i in part.tolist()] for part in share.split(batch_size)]
+        init = WorkerInit() if num_workers else None
+        loader = DataLoader(
+            dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=_stack, worker_init_fn=init
+        )
+        for (crops, _, bad), part in zip(loader, share.split(batch_size), strict=True):
+            source.bad.update(bad)
+            check_bad(source.name, source.bad, len(source))
+            yield crops[0].to(device).float().div_(255), part
+        return
+    for part in share.split(batch_size):
+        images = source.pixels[part].to(device)
+        sides = [torch.full((len(part),), side) for side in images.shape[2:]]
+        yield crop_batch(images, sample_params(recipe, 0, 0, part, 0, *sides, size), size, recipe), part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def create_backbone(
+    name: str,
+    *,
+    small_images: bool = False,
+    num_classes: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """A timm model, (B, 3, H, W) in [0, 1] -> (B, D) pooled features with D = `num_features`, or (B, num_classes).
+
+    It normalises its own input with `mean` and `std` (default: those of its timm config), in a hook that leaves the
+    state-dict keys timm's; a network of fixed input size (ViT) also resizes. `small_images` takes the ResNet with a
+    3x3 stem of the same name (`resnet18_small`, ...). `kwargs` go to `timm.create_model`. Raises SystemExit for a name
+    that timm does not know.
+    """
+    if small_images and not name.endswith("_small"):
+        name = f"{name}_small"
+        if not timm.is_model(name):
+            known = ", ".join(timm.list_models("resnet*_small"))
+            raise SystemExit(f"--small-images: there is no {name}; the 3x3 stem exists for {known}")
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+        raise SystemExit(f"{name}: timm has no such model; {hint}")
+    try:
+        model = timm.create_model(name, num_classes=num_classes, **kwargs)
+    except (OSError, RuntimeError) as error:
+        if not kwargs.get("pretrained"):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(
+            f"timm/{name}: the pretrained weights cannot be had ({reason}); check name and connection"
+        ) from None
+    if num_classes == 0:  # what comes out: MobileNetV3 pools before its last convolution and calls that num_features
+        model.num_features = getattr(model, "head_hidden_size", model.num_features)
+    config = model.pretrained_cfg
+    for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
+        model.register_buffer(f"input_{key}", torch.tensor(value).view(-1, 1, 1), persistent=False)
+    model.input_side = config["input_size"][-1] if config.get("fixed_input_size") else None
+    model.register_forward_pre_hook(_normalise_input)
+    return model
+
+
+def _normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = inputs
+    if model.input_side and x.shape[-1] != model.input_side:
+        x = F.interpolate(x, (model.input_side, model.input_side), mode="bicubic", antialias=True)
+    return ((x - model.input_mean) / model.input_std,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LARS(torch.optim.SGD):
+    """SGD whose gradients are first scaled layer by layer (You et al. 2017, arXiv:1708.03888), as NVIDIA's LARC does.
+
+    For every tensor w with gradient g, both of non-zero norm, biases included:
+        a = trust_coefficient |w| / (|g| + weight_decay |w| + eps),   g <- a (g + weight_decay w)
+    then torch's SGD with momentum and no weight decay; a zero norm leaves g as it is, without weight decay. `clip`
+    bounds the step by the learning rate: a <- min(a / lr, 1). The learning rate stays outside the momentum buffer.
+    """
+
+    def __init__(self, params, lr: float, *, trust_coefficient=0.001, clip=False, eps=1e-8, **sgd):
+        super().__init__(params, lr, **sgd)
+        self.trust_coefficient, self.clip, self.eps = trust_coefficient, clip, eps
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                w_norm, g_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(w.grad)
+                a = self.trust_coefficient * w_norm / (g_norm + decay * w_norm + self.eps)
+                if self.clip:
+                    a = (a / group["lr"]).clamp(max=1)
+                scaled = (w_norm > 0) & (g_norm > 0)  # stays on the device: no wait for it in the step
+                w.grad.copy_(torch.where(scaled, (w.grad + decay * w) * a, w.grad))
+            group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+
+
+def create_optimizer(
+    name: Literal["sgd", "adamw", "lars"],
+    params,
+    lr: float,
+    *,
+    momentum: float,
+    weight_decay: float,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """SGD with momentum, AdamW (momentum is its first beta) or LARS over `params`, fused where the device can."""
+    fused = {"fused": True} if device.type == "cuda" else {}
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr, betas=(momentum, 0.999), weight_decay=weight_decay, **fused)
+    if name == "lars":
+        return LARS(params, lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, **fused)
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network; on a GPU with channels last, where convolutions are faster so."""
+    return model.to(device, memory_format=torch.channels_last) if device.type == "cuda" else model.to(device)
+
+
+def cosine_schedule(
+    position: float, total: float, start: float, end: float = 0.0, *, warmup: float = 0.0, unit: float = 1.0
+) -> float:
+    """Value at `position` of `total`: linear up to start over the warm-up, then half a cosine from start to end.
+
+    All in one measure, steps or epochs; `unit` is how far the position moves at a time, so that the warm-up begins
+    above zero and reaches start with its last move.
+    """
+    if position < warmup:
+        return start * min(1.0, (position + unit) / warmup)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * (position - warmup) / max(unit, total - warmup)))
+
+
+def step_schedule(epoch: float, start: float, milestones: Sequence[int], factor: float) -> float:
+    """start x factor for every milestone (in epochs) that has passed."""
+    return start * factor ** sum(epoch >= milestone for milestone in milestones)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Every parameter group's learning rate; a group that holds its own keeps it under "fixed_lr"."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("fixed_lr", lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What features are worth
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract_features(
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    recipe: Recipe,
+    size: int,
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> Tensor:
+    """(N, D) float32 CPU features of a source's images in order, the same on every process; each computes its share."""
+    features, world = None, accelerator.num_processes
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
+    shares = eval_batches(
+        source, recipe, size, batch_size, accelerator.device, num_workers, accelerator.process_index, world
+    )
+    for x, indices in shares:
+        with accelerator.autocast():
+            y = model(x).float().cpu()
+        if features is None:
+            features = torch.zeros(len(source), y.shape[1])
+        features[indices] = y
+    if training:
+        model.train()
+    if world > 1:
+        for part in features.split(65536):
+            part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
+    return features
+
+
+def eval_recipe(size: int) -> Recipe:
+    """The evaluation view: the whole image where it is small, else the usual centre crop."""
+    return dataclasses.replace(EVAL, crop_pct=1.0) if size <= RESIDENT_PX else EVAL
+
+
+def knn_table(
+    networks: dict[str, nn.Module], gallery: Source, queries: Source, size: int, accelerator: Accelerator, **options
+) -> dict[str, float]:
+    """kNN top-1 (k 20, weighted) in percent of raw pixels and of each network's features, printed as a table.
+
+    At most 50,000 gallery images, every n-th. `options` go to `extract_features`.
+    """
+    every = -(-len(gallery) // 50_000)
+    gallery = gallery.take(range(0, len(gallery), every)) if every > 1 else gallery
+    rows = {"raw pixels": lambda x: F.interpolate(x, (32, 32), mode="area").flatten(1), **networks}
+    accuracy = {}
+    for name, network in rows.items():
+        features = [
+            extract_features(network, s, eval_recipe(size), size, accelerator, **options) for s in (gallery, queries)
+        ]
+        k = min(20, len(gallery))
+        accuracy[f"knn {name}"] = knn_accuracy(features[0], gallery.labels, features[1], queries.labels, k)
+    if accelerator.is_main_process:
+        print(f"\nkNN top-1 on {len(queries)} images of {queries.name}, {len(gallery)} in the gallery (k {k}, cosine)")
+        for name, value in accuracy.items():
+            print(f"  {name[4:]:<20} {value:6.2f} %")
+    return accuracy
+
+
+@torch.no_grad()
+def knn_accuracy(
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int | Sequence[int] = 20,
+    *,
+    temperature: float = 0.07,
+    vote: Literal["weighted", "majority"] = "weighted",
+    metric: Literal["cosine", "euclidean"] = "cosine",
+    chunk: int = 512,
+) -> float | dict[int, float]:
+    """Top-1 accuracy in percent of k-nearest-neighbour classification; for several k a dict {k: accuracy}.
+
+    gallery (N, D), queries (M, D), labels (N,) and (M,). "weighted" votes with exp(similarity / temperature) (Wu et al.
+    2018, arXiv:1805.01978, Sec. 3.4), similarity being the cosine or minus the squared distance; "majority" counts
+    each neighbour once. Equal votes go to the smallest label. Exact; memory is bounded by `chunk` x 50,000 scores
+    whatever the gallery. Raises ValueError for a k above N.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    if max(ks) > len(gallery):
+        raise ValueError(f"k = {max(ks)} neighbours of a gallery of {len(gallery)}")
+    num_classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
+    if metric == "cosine":
+        gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
+    correct = dict.fromkeys(ks, 0)
+    for query, target in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
+        best, neighbour = None, None
+        for start in range(0, len(gallery), 50_000):
+            part = gallery[start : start + 50_000]
+            score = query @ part.T
+            if metric == "euclidean":
+                score = score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))
+            top, index = score.topk(min(max(ks), len(part)), dim=1)
+            index += start
+            if best is not None:
+                top, index = torch.cat([best, top], 1), torch.cat([neighbour, index], 1)
+                top, order = top.topk(min(max(ks), top.shape[1]), dim=1)
+                index = index.gather(1, order)
+            best, neighbour = top, index
+        weight = (best / temperature).exp() if vote == "weighted" and metric == "cosine" else torch.ones_like(best)
+        if vote == "weighted" and metric == "euclidean":  # relative to the nearest: only ratios count
+            weight = ((best - best[:, :1]) / temperature).exp()
+        label = gallery_labels.to(best.device)[neighbour]
+        for number in ks:
+            votes = best.new_zeros(len(query), num_classes).scatter_add_(1, label[:, :number], weight[:, :number])
+            correct[number] += int((votes.argmax(1) == target.to(votes.device)).sum())
+    accuracy = {number: 100.0 * hits / len(queries) for number, hits in correct.items()}
+    return accuracy[k] if isinstance(k, int) else accuracy
+
+
+def z_std(z: Tensor) -> Tensor:
+    """Health of (B, D) embeddings: sqrt(D) x mean standard deviation of the unit vectors; 1 = spread out, 0 = collapsed."""
+    z = F.normalize(z.detach().float(), dim=1)
+    return z.std(dim=0).mean() * z.shape[1] ** 0.5
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """exp(entropy of the normalised singular values) of centred (B, D) embeddings (Roy & Vetterli 2007), in 1..min(B, D)."""
+    z = z.detach().float()
+    s = torch.linalg.svdvals(z - z.mean(dim=0))
+    p = s / s.sum().clamp_min(1e-12)
+    return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())

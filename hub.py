@@ -1,0 +1,881 @@
+"""Every way a checkpoint enters or leaves: run folders, exact resume, teachers, releases, the Hugging Face Hub.
+
+    python hub.py build runs/smd               # the run's student as a folder that timm loads, offline
+    python hub.py push runs/smd org/name       # build and upload it
+    python hub.py pull org/name                # its inverse
+    python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
+
+Nothing in here knows a loss.
+"""
+
+import argparse
+import ast
+import collections
+import json
+import math
+import os
+import pathlib
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+from torch import Tensor, nn
+
+import common
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folder: log, signals, atomic checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run's folder, log, progress, stop signals and checkpoints; made once at the top of `main`.
+
+    Writes args.json, environment.json and the trainer's own source, refuses a folder that holds another run, seeds
+    every generator and checks that the launcher's processes see each other. Raises SystemExit with the remedy.
+    """
+
+    def __init__(self, args, trainer_file: str, accelerator: Accelerator):
+        self.dir, self.args, self.accelerator = Path(args.run_dir), args, accelerator
+        world = accelerator.num_processes
+        if world != int(os.environ.get("WORLD_SIZE", 1)):
+            raise SystemExit(
+                f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
+                f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
+            )
+        if args.batch_size < 1 or args.batch_size % world:
+            raise SystemExit(f"--batch-size {args.batch_size}: must be a positive multiple of the {world} processes")
+        used = self.same_everywhere(any(self.dir.glob("step_*")) or (self.dir / "metrics.jsonl").exists())
+        if used and not args.resume:
+            raise SystemExit(
+                f"--run-dir {self.dir}: holds a run already; --resume continues it, or choose another folder"
+            )
+        if args.tracker != "none" and [t.name for t in accelerator.log_with] != [args.tracker]:
+            raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
+        if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+            torch.set_num_threads(
+                common.available_cores()
+            )  # `accelerate launch` leaves a CPU run with a single thread
+        set_seed(args.seed, device_specific=False)
+        self._stop_group = dist.new_group(backend="gloo") if world > 1 else None  # asks without a wait for the GPU
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & set(os.environ)
+        self._parent = os.getppid() if launched else None
+        self._start = self._first_step = self._total = self._images = 0
+        self._bar = None
+        self._first_bad: Tensor | None = None
+        if accelerator.is_main_process:
+            self._write_facts(trainer_file)
+        if args.tracker != "none":
+            simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
+            accelerator.init_trackers(self.dir.name, config=simple)
+
+    def _write_facts(self, trainer_file: str) -> None:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "args.json").write_text(json.dumps(vars(self.args), indent=2, default=str) + "\n")
+            shutil.copy(trainer_file, self.dir)
+            git = ["git", "-C", str(common.ROOT), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+            device = self.accelerator.device
+            facts = {
+                "trainer": Path(trainer_file).stem,
+                "commit": commit,
+                "num_processes": self.accelerator.num_processes,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+                "threads": torch.get_num_threads(),
+                "mixed_precision": self.accelerator.mixed_precision,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "timm": timm.__version__,
+            }
+            (self.dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            raise SystemExit(
+                f"--run-dir {self.dir}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
+
+    def same_everywhere(self, value):
+        """The main process's value on every process: what is on disk may differ from one look to the next."""
+        if self.accelerator.num_processes == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, from the main process, above the progress bar if there is one."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+
+    # --- signals ---
+
+    def _on_signal(self, number: int, _) -> None:
+        self._signal = number
+
+    def stop_requested(self) -> bool:
+        """True on every process at once after SIGTERM or SIGUSR1, or once the launcher is gone; ask once per step."""
+        if self._parent and os.getppid() != self._parent:
+            self._signal = signal.SIGTERM
+        if self._stop_group is None:
+            return bool(self._signal)
+        flag = torch.tensor([self._signal])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
+        return bool(flag)
+
+    # --- log ---
+
+    def start(self, first_step: int, total_steps: int, data: common.Batches | None = None) -> range:
+        """The steps to do; forgets logged steps that a resumed run does again, and states what runs where."""
+        self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
+        self._images, self._last_line = self.args.batch_size, 0.0
+        if self.accelerator.is_main_process:
+            log = self.dir / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
+            if len(kept) != len(lines):
+                log.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
+                os.replace(log.with_suffix(".tmp"), log)
+            if data is not None:
+                how = (
+                    "resident (decoded once, in memory)" if data.resident else f"streamed ({data.num_workers} workers)"
+                )
+                self.say(f"data: {data.source.name}, {len(data.source)} images, {how}")
+                side = max(size for _, size in data.views)
+                if side <= 64 and getattr(self.args, "small_images", True) is False and self.args.data != "digits":
+                    self.say(f"images of {side} px: ResNets learn better with --small-images (3x3 stem, no max-pool)")
+            processes, threads = self.accelerator.num_processes, torch.get_num_threads()
+            self.say(f"{total_steps - first_step} steps from {first_step} on {processes} x {self.accelerator.device}"
+                     f" ({threads} threads, precision {self.accelerator.mixed_precision}), into {self.dir}")  # fmt: skip
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        return range(first_step, total_steps)
+
+    def watch(self, step: int, loss: Tensor) -> None:
+        """Remember, on the device and without waiting for it, the first step whose loss was not finite."""
+        bad = torch.where(loss.detach().isfinite().all(), torch.inf, float(step)).to(torch.float64)
+        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+
+    def check(self) -> None:
+        """Stop with the step's number if a watched loss was not finite."""
+        if self._first_bad is not None and math.isfinite(first := self._first_bad.item()):
+            raise SystemExit(
+                f"step {int(first)}: the loss is not finite. A learning rate far too high, or fp16 overflow: lower "
+                f"--base-lr, or use bf16; --resume goes back to the newest checkpoint in {self.dir}"
+            )
+
+    def log_due(self, step: int) -> bool:
+        if self._bar is not None:
+            self._bar.update()
+        return step % self.args.log_every == 0 or step + 1 == self._total
+
+    def log(self, step: int, **metrics: float | Tensor) -> dict[str, float]:
+        """Append one line to metrics.jsonl; tensors are averaged over the processes. Returns plain numbers."""
+        self.check()
+        names = [k for k, v in metrics.items() if isinstance(v, Tensor)]
+        if names:
+            values = torch.stack([metrics[k].detach().double().mean() for k in names])
+            if self.accelerator.num_processes > 1:
+                values = self.accelerator.reduce(values, "mean")
+            metrics |= dict(zip(names, values.tolist(), strict=True))
+        if self.accelerator.is_main_process:
+            done, seconds = step + 1 - self._first_step, time.perf_counter() - self._start
+            rate = done * self._images / seconds
+            with open(self.dir / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": step, **metrics, "images_per_s": round(rate, 1)}) + "\n")
+            left = (self._total - step - 1) * seconds / done
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"{shown}  {rate:.0f} images/s")
+            elif seconds - self._last_line > 10 or step + 1 == self._total:  # a log file needs no line per step
+                self._last_line = seconds
+                self.say(f"step {step + 1}/{self._total}  {shown}  {rate:.0f} images/s  {left / 60:.1f} min left")
+            if self.args.tracker != "none":
+                self.accelerator.log(metrics, step=step)
+        return metrics
+
+    # --- checkpoints ---
+
+    def save(self, step: int, state: dict, backbone: nn.Module) -> None:
+        """Write step_<step>/ whole or not at all: everything in `state`, every process's RNG, `backbone` for releases.
+
+        `state` maps names to modules, optimisers or tensors. Older checkpoints beyond --keep go once the new one is
+        in place. A full disk stops the run and leaves the previous checkpoint.
+        """
+        self.check()
+        rng = {"python": random.getstate(), "numpy": _numpy_rng(), "torch": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        everyone = [rng]
+        if self.accelerator.num_processes > 1:
+            everyone = [None] * self.accelerator.num_processes
+            dist.all_gather_object(everyone, rng)
+        if self.accelerator.is_main_process:
+            target, beside = self.dir / f"step_{step:08d}", self.dir / f".step_{step:08d}"
+            content = {name: self._content(value) for name, value in state.items()}
+            if self.accelerator.scaler is not None:
+                content["grad_scaler"] = self.accelerator.scaler.state_dict()
+            try:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
+                _save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
+                for file in beside.iterdir():
+                    with open(file, "rb") as f:
+                        os.fsync(f.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(beside, target)
+            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+                shutil.rmtree(beside, ignore_errors=True)
+                reason = str(error).splitlines()[0]
+                raise SystemExit(
+                    f"{target}: the checkpoint could not be written ({reason}); free space in {self.dir}, then --resume "
+                    "continues from the checkpoint before"
+                ) from None
+            for old in checkpoints(self.dir)[self.args.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _content(self, value):
+        if isinstance(value, nn.Module):
+            return self.accelerator.unwrap_model(value).state_dict()
+        return value.state_dict() if hasattr(value, "state_dict") else value
+
+    def resume(self, state: dict) -> int:
+        """Load the newest whole checkpoint into `state` and the generators; returns the step to go on with."""
+        step, problem = 0, ""
+        for folder in self.same_everywhere(checkpoints(self.dir)):
+            try:
+                saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged archive raises whatever its reader meets first
+                problem = f"{folder.name} is not whole ({str(error).splitlines()[0]})"
+                self.say(f"{problem}: trying the one before")
+                continue
+            step = saved["step"]
+            break
+        if not step:
+            raise SystemExit(
+                f"--resume: no whole checkpoint in {self.dir}{': ' + problem if problem else ''}; start without --resume"
+            )
+        if set(saved["state"]) - {"grad_scaler"} != set(state):
+            raise SystemExit(
+                f"--resume: {folder} was written by another trainer (it holds {', '.join(saved['state'])})"
+            )
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.copy_(saved["state"][name])
+                continue
+            value = self.accelerator.unwrap_model(value) if isinstance(value, nn.Module) else value
+            try:
+                value.load_state_dict(saved["state"][name])
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()
+                raise SystemExit(
+                    f"--resume: {folder} does not fit these flags: {name}: {reason[min(1, len(reason) - 1)].strip()}"
+                ) from None
+        if self.accelerator.scaler is not None and "grad_scaler" in saved["state"]:
+            self.accelerator.scaler.load_state_dict(saved["state"]["grad_scaler"])
+        if len(saved["rng"]) == self.accelerator.num_processes:
+            rng = saved["rng"][self.accelerator.process_index]
+            random.setstate(rng["python"])
+            np.random.set_state(("MT19937", rng["numpy"]["keys"].numpy().astype(np.uint32), *rng["numpy"]["rest"]))
+            torch.set_rng_state(rng["torch"])
+            if "cuda" in rng and self.accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"])
+        else:
+            self.say(
+                f"{folder.name} was written by {len(saved['rng'])} processes: dropout starts from new random numbers"
+            )
+        self.say(f"resumed from {folder} at step {step}")
+        return step
+
+    def stop(self, step: int) -> None:
+        """End a run that was asked to stop, after its checkpoint: exit code 143, so that a scheduler requeues it."""
+        self.say(f"stopped by a signal after step {step}; --resume continues from {self.dir / f'step_{step:08d}'}")
+        if self._bar is not None:
+            self._bar.close()
+        sys.exit(143)
+
+    def record_teacher(self, teacher: "Teacher") -> None:
+        """Keep what is known about the teacher, its licence above all, for the release's card."""
+        facts = ", ".join(f"{k} {v}" for k, v in teacher.facts.items())
+        self.say(f"teacher: {facts}, {teacher.num_features}-d features")
+        if self.accelerator.is_main_process:
+            (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
+
+    def finish(self, source: common.Source | None, results: dict[str, float]) -> Path:
+        """Close the log, write results.json, build the release folder and, with --push-to-hub, upload it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        release = self.dir / "release"
+        if self.accelerator.is_main_process:
+            (self.dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            if source is not None and source.bad:
+                (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
+                self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
+            build_release(self.dir)
+            load = "import common, timm" if "_small" in (release / "config.json").read_text() else "import timm"
+            self.say(
+                f'\nrelease: {release}\n\n  {load}\n  model = timm.create_model("local-dir:{release}", pretrained=True)'
+            )
+            self.say("  features = model.eval()(images)  # (B, 3, H, W), normalised as config.json says\n")
+            if repo := getattr(self.args, "push_to_hub", None):
+                try:
+                    self.say(f"pushed to {push(self.dir, repo)}")
+                except SystemExit as error:  # a finished run is never lost to a failed upload
+                    self.say(f"{error}\nthe run is whole; try again with: python hub.py push {self.dir} {repo}")
+        self.accelerator.wait_for_everyone()
+        if self.args.tracker != "none":
+            self.accelerator.end_training()
+        return release
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoint folders, newest first."""
+    return sorted((p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+
+def _numpy_rng() -> dict:
+    _, keys, *rest = np.random.get_state()
+    return {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest}
+
+
+def _save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
+    """model.safetensors and config.json, as timm reads them."""
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = backbone.pretrained_cfg
+    num_classes = getattr(backbone, "num_classes", 0)
+    config = {
+        "architecture": cfg["architecture"],
+        "num_classes": num_classes,
+        "num_features": backbone.num_features,
+        "pretrained_cfg": {
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": bool(cfg.get("fixed_input_size")),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0 if image_size <= common.RESIDENT_PX else 0.875,
+            "mean": backbone.input_mean.flatten().tolist(),
+            "std": backbone.input_std.flatten().tolist(),
+            "num_classes": num_classes,
+            "pool_size": cfg.get("pool_size"),
+            "first_conv": cfg.get("first_conv"),
+            "classifier": cfg.get("classifier"),
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teachers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Official:
+    """An authors' checkpoint: where it is, what it may be used for, and what it should reach."""
+
+    url: str
+    licence: str
+    top1: float  # ImageNet linear probe, percent, as published
+    source: str
+    hash_prefix: str | None = None  # of the file's SHA-256, where published
+
+
+_FB = "https://dl.fbaipublicfiles.com"
+_MOCO = f"{_FB}/moco/moco_checkpoints"
+TEACHERS = {
+    "simsiam_r50_100ep": Official(
+        f"{_FB}/simsiam/models/100ep/pretrain/checkpoint_0099.pth.tar", "cc-by-nc-4.0", 68.1, "simsiam README"
+    ),
+    "simsiam_r50_100ep_bs256": Official(
+        f"{_FB}/simsiam/models/100ep-256bs/pretrain/checkpoint_0099.pth.tar", "cc-by-nc-4.0", 68.3, "simsiam README"
+    ),
+    "moco_v1_r50_200ep": Official(
+        f"{_MOCO}/moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar", "cc-by-nc-4.0", 60.6, "moco README"
+    ),
+    "moco_v2_r50_200ep": Official(
+        f"{_MOCO}/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "cc-by-nc-4.0", 67.7, "moco README"
+    ),
+    "moco_v2_r50_800ep": Official(
+        f"{_MOCO}/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "cc-by-nc-4.0", 71.1, "moco README"
+    ),
+}
+
+# How the authors' files name things, without a leading "module.": the backbone's prefix, the head inside that prefix,
+# and what else the file may hold. The first layout whose prefix occurs is the one.
+LAYOUTS = (
+    ("MoCo", "encoder_q.", "fc.", ("encoder_k.", "queue", "queue_ptr")),
+    ("SimSiam", "encoder.", "fc.", ("predictor.",)),
+    ("torchvision", "", "fc.", ()),
+)
+
+HOW_TO_GET_A_TEACHER = (
+    "--teacher takes a run or release folder, an official .pth.tar file, timm/NAME (e.g. timm/resnet50), a Hub id "
+    f"(org/name), or one of {', '.join(TEACHERS)}"
+)
+
+
+class Teacher(nn.Module):
+    """A frozen backbone in eval mode, (B, 3, H, W) in [0, 1] -> (B, num_features), and what is known about it.
+
+    `head` maps features to the embedding of its pre-training, where the checkpoint holds one; `facts` has source,
+    architecture, format and licence.
+    """
+
+    def __init__(self, backbone: nn.Module, facts: dict, head: nn.Module | None = None):
+        super().__init__()
+        self.backbone, self.head, self.facts = backbone, head, facts
+        self.num_features = backbone.num_features
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+
+def load_teacher(spec: str | Path, *, num_classes: int = 0) -> Teacher:
+    """The teacher that `--teacher SPEC` names, on the CPU; every backbone tensor matched or an error that names it.
+
+    spec: a run folder, a release folder, an official file, "timm/NAME", a Hub id, or a name in TEACHERS. With
+    `num_classes` the network ends in its classifier. Raises SystemExit where there is nothing to load or it does not
+    fit; a file that would run code on loading is refused.
+    """
+    spec = str(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _load_folder(path, num_classes, {"source": path.name})
+    if path.is_file():
+        return _load_foreign(path, {"source": path.name, "licence": "unknown"})
+    if spec in TEACHERS:
+        official = TEACHERS[spec]
+        facts = {"source": spec, "url": official.url, "licence": official.licence}
+        return _load_foreign(download(official.url, official.hash_prefix), facts)
+    if spec.startswith("timm/") and spec.count("/") == 1:
+        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=num_classes)
+        facts = {"source": spec, "licence": backbone.pretrained_cfg.get("license") or "unknown"}
+        return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
+    hub_id = spec.removeprefix("hf-hub:")
+    if hub_id.count("/") == 1 and not path.suffix and not spec.startswith((".", "/", "~")):
+        return _load_folder(pull(hub_id), num_classes, {"source": f"hf-hub:{hub_id}"})
+    raise SystemExit(f"--teacher {spec}: no such file, folder or name; {HOW_TO_GET_A_TEACHER}")
+
+
+def load_weights(backbone: nn.Module, spec: str) -> None:
+    """--init-from: copy the weights of the checkpoint `spec` (as for --teacher) into a backbone, strictly."""
+    load_strictly(backbone, load_teacher(spec).backbone.state_dict(), f"--init-from {spec}")
+
+
+def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
+    """A release folder, or a run folder's release or newest checkpoint."""
+    folder = next((f for f in (path, path / "release", *checkpoints(path)) if (f / "config.json").exists()), None)
+    if folder is None or not (folder / "model.safetensors").exists():
+        raise SystemExit(
+            f"--teacher {path}: neither config.json + model.safetensors nor a run with a checkpoint in it"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    cfg = config.get("pretrained_cfg", config)
+    own = config.get("num_classes", cfg.get("num_classes", 0)) or 0
+    if num_classes and own != num_classes:
+        raise SystemExit(f"--teacher {path}: has a classifier of {own} classes, the data has {num_classes}")
+    backbone = common.create_backbone(
+        config["architecture"], num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
+    )
+    try:
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+    except Exception as error:  # the safetensors reader has an exception type of its own
+        raise SystemExit(
+            f"--teacher {folder / 'model.safetensors'}: not a whole file ({error}); fetch it again"
+        ) from None
+    if not num_classes and own:  # a classifier that is not wanted, under the name that timm gives it
+        names = cfg.get("classifier") or ()
+        names = (names,) if isinstance(names, str) else tuple(names)
+        state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{name}." for name in names))}
+    load_strictly(backbone, state, str(folder))
+    card = folder / "README.md"
+    licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip
+    return Teacher(
+        backbone, {**facts, "architecture": config["architecture"], "format": "release", "licence": licence}
+    )
+
+
+def _load_foreign(path: Path, facts: dict) -> Teacher:
+    """An authors' file, recognised by its keys (golden/NOTES_ssl.md section 13 lists the layouts)."""
+    content = read_foreign(path)
+    state = content.get("state_dict", content.get("model", content))
+    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if not state:
+        raise SystemExit(f"{path}: holds no tensors; {HOW_TO_GET_A_TEACHER}")
+    name, prefix, head_prefix, others = next(
+        layout for layout in LAYOUTS if any(k.startswith(layout[1]) for k in state)
+    )
+    backbone_state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    head_state = {k: backbone_state.pop(k) for k in list(backbone_state) if k.startswith(head_prefix)}
+    strays = [k for k in state if not k.startswith((prefix, *others))]
+    architecture = str(content.get("arch", "")) or _resnet_name(backbone_state)
+    if not timm.is_model(architecture):
+        raise SystemExit(f"{path}: its architecture {architecture or '(none named)'} is none that timm knows")
+    backbone = common.create_backbone(architecture, mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
+    load_strictly(backbone, backbone_state, str(path), strays)
+    head = _build_head({k[len(head_prefix) :]: v for k, v in head_state.items()})
+    return Teacher(backbone, {**facts, "architecture": architecture, "format": name}, head)
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays: list[str] | None = None) -> None:
+    """Load every tensor or none: SystemExit names the first missing, unexpected and misshapen keys."""
+    wanted = model.state_dict()
+    problems = {
+        "missing": [k for k in wanted if k not in state],
+        "unexpected": [k for k in state if k not in wanted] + (strays or []),
+        "misshapen": [
+            f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+            for k, v in wanted.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    }
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if found:
+        architecture = model.pretrained_cfg["architecture"]
+        raise SystemExit(f"{where}: does not fit {architecture}: {'; '.join(found)}")
+    model.load_state_dict(state)
+
+
+def _resnet_name(state: dict[str, Tensor]) -> str:
+    """Which ResNet a state dict without a name is, by its blocks; "" if none."""
+    blocks = [len({k.split(".")[1] for k in state if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
+    bottleneck = "layer1.0.conv3.weight" in state
+    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+    number = depth.get(tuple(blocks))
+    small = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+    return f"resnet{number}{'_small' if small else ''}" if number else ""
+
+
+def _build_head(state: dict[str, Tensor]) -> nn.Module | None:
+    """The projection head that a file's own indices describe: Linear and BatchNorm1d, ReLU where an index is skipped."""
+    if not state:
+        return None
+    if set(state) <= {"weight", "bias"}:
+        head: nn.Module = nn.Linear(state["weight"].shape[1], state["weight"].shape[0], bias="bias" in state)
+    else:
+        last = max(int(k.split(".")[0]) for k in state)
+        layers: list[nn.Module] = [nn.ReLU() for _ in range(last + 1)]
+        for i in {int(k.split(".")[0]) for k in state}:
+            weight = state.get(f"{i}.weight")
+            if f"{i}.running_mean" in state:
+                layers[i] = nn.BatchNorm1d(len(state[f"{i}.running_mean"]), affine=weight is not None)
+            else:
+                layers[i] = nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state)
+        head = nn.Sequential(*layers)
+    head.load_state_dict(state)
+    return head
+
+
+def _numpy_globals() -> list:
+    multiarray = np._core.multiarray
+    scalars = [type(np.dtype(t)) for t in ("f8", "f4", "f2", "i8", "i4", "u1", "?")]
+    functions = [multiarray.scalar, multiarray._reconstruct]
+    old_names = [(f, f"numpy.core.multiarray.{f.__name__}") for f in functions]  # as numpy 1 wrote them
+    return [np.dtype, np.ndarray, *scalars, *functions, *old_names]
+
+
+def read_foreign(path: Path) -> dict:
+    """A .pth/.pt file of somebody else's, opened without running what it may contain. Raises SystemExit if refused."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    allowed = [argparse.Namespace, collections.defaultdict, dict, list, pathlib.PosixPath, *_numpy_globals()]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text or "blocked" in text:
+            name = next((w for w in text.replace("`", " ").split() if w.startswith("GLOBAL")), "")
+            after = text.split("GLOBAL ", 1)[1].split()[0] if "GLOBAL " in text else name
+            raise SystemExit(
+                f"{path}: refused, loading it would run code ({after or 'a pickled object'}). If you trust it, convert it "
+                "once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+            ) from None
+        raise SystemExit(f"{path}: not a whole torch checkpoint ({text.splitlines()[0]}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def download(url: str, hash_prefix: str | None = None) -> Path:
+    """Fetch a file once into torch's hub cache; a partial download is never used. Raises SystemExit with the remedy."""
+    target = Path(torch.hub.get_dir()) / "checkpoints" / url.removeprefix("https://").replace("/", "_")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(target), hash_prefix)
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(
+                f"{url}: download failed ({error}); fetch it by hand and give the file as --teacher"
+            ) from None
+    return target
+
+
+def digits_teacher(run: Run) -> str:
+    """The embedded data's own small teacher: trained once, next to the run, by trainers/supervised.py."""
+    folder = run.dir.parent / "digits_teacher"
+    if run.accelerator.is_main_process and not (folder / "release" / "config.json").exists():
+        run.say(f"no --teacher: training a small supervised one first, kept in {folder} for next time")
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, str(common.ROOT / "trainers" / "supervised.py"), "--run-dir", str(folder)]
+        outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+        env = {k: v for k, v in os.environ.items() if k not in outer}
+        done = subprocess.run(command, env=env)
+        if done.returncode:
+            raise SystemExit(f"the teacher's training failed (exit code {done.returncode}): {' '.join(command)}")
+    run.accelerator.wait_for_everyone()
+    return str(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Releases and the Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+NON_COMMERCIAL = ("-nc", "noncommercial", "non-commercial", "research")
+
+
+def build_release(run_dir: str | Path) -> Path:
+    """release/ of a run: model.safetensors and config.json (what timm loads) and README.md, the model card. Offline.
+
+    Takes the newest checkpoint. Written beside and renamed into place. Raises SystemExit if the run has none.
+    """
+    run_dir = Path(run_dir)
+    newest = next((c for c in checkpoints(run_dir) if (c / "model.safetensors").exists()), None)
+    if newest is None:
+        raise SystemExit(
+            f"{run_dir}: no checkpoint to release; a run writes one every --save-every steps and at its end"
+        )
+    release, beside = run_dir / "release", run_dir / ".release"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(newest / name, beside)
+    (beside / "README.md").write_text(_model_card(run_dir, newest))
+    shutil.rmtree(release, ignore_errors=True)
+    os.replace(beside, release)
+    return release
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _licence(run_dir: Path) -> str:
+    """What the weights may be used for: our code's licence unless the teacher's weights ask for more."""
+    teacher = _read_json(run_dir / "teacher.json").get("licence", "apache-2.0")
+    return "apache-2.0" if teacher in ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause") else teacher
+
+
+def _model_card(run_dir: Path, checkpoint: Path) -> str:
+    args, facts = _read_json(run_dir / "args.json"), _read_json(run_dir / "environment.json")
+    teacher, results = _read_json(run_dir / "teacher.json"), _read_json(run_dir / "results.json")
+    config = json.loads((checkpoint / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    source = run_dir / f"{facts.get('trainer')}.py"
+    title = (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()[0] if source.exists() else ""
+    licence = _licence(run_dir)
+    data = args.get("data", "unknown")
+    data = Path(data).name if Path(data).is_absolute() else data  # a card names no path of the training machine
+    flags = {
+        k: v for k, v in args.items() if k not in ("run_dir", "config", "teacher", "data", "push_to_hub", "init_from")
+    }
+    size, feature = cfg["input_size"][-1], config["num_features"]
+    own = "import common  # registers this architecture; clone cleandistill first\n" if config["architecture"].endswith("_small") else ""  # fmt: skip
+    rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
+    return f"""---
+license: {licence}
+library_name: timm
+tags: [image-feature-extraction, timm, cleandistill, {facts.get("trainer", "")}]
+---
+# {config["architecture"]}, {title}
+
+Trained with [cleandistill](https://github.com/cleandistill/cleandistill) ({facts.get("trainer")}.py, step {int(checkpoint.name[5:])}, commit {facts.get("commit")}).
+
+```python
+{own}import timm
+model = timm.create_model("hf-hub:ORG/NAME", pretrained=True)  # or "local-dir:this/folder"
+features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {cfg["mean"]}, std {cfg["std"]}; {feature}-d
+```
+
+| | |
+|---|---|
+| architecture | {config["architecture"]}{f", {config['num_classes']} classes" if config["num_classes"] else ""} |
+| teacher | {teacher.get("source", "none")} {f"({teacher['architecture']})" if teacher else ""} |
+| data | {data} |
+{rows}
+## Licence chain
+
+| part | licence |
+|---|---|
+| code | apache-2.0 |
+| teacher | {teacher.get("licence", "none used")} |
+| data | {"CC BY 4.0 (UCI optical digits)" if data == "digits" else "as its owners say"} |
+| **these weights** | **{licence}** |
+
+## Flags
+
+```json
+{json.dumps(flags, indent=1)}
+```
+"""
+
+
+def push(
+    folder: str | Path, repo_id: str, *, licence: str = "", accept_licence: bool = False, private: bool = False
+) -> str:
+    """Upload a run's release (built first) or a release folder to the Hub; returns its address.
+
+    `licence` replaces the card's; one that drops a non-commercial condition is refused without `accept_licence`.
+    Raises SystemExit with one line: no such folder, no token, no right, no connection.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    if not (folder / "config.json").exists() or checkpoints(folder):
+        folder = build_release(folder)
+    card = folder / "README.md"
+    lines = card.read_text().splitlines() if card.exists() else ["---", "license: unknown", "---"]
+    chain = next((line[9:] for line in lines if line.startswith("license:")), "unknown")
+    if licence and licence != chain:
+        bound = any(mark in chain.lower() for mark in NON_COMMERCIAL) and not any(
+            m in licence.lower() for m in NON_COMMERCIAL
+        )
+        if bound and not accept_licence:
+            raise SystemExit(
+                f"--licence {licence}: the teacher's weights ask for {chain}; --accept-licence takes it upon you"
+            )
+        card.write_text(
+            "\n".join(f"license: {licence}" if line.startswith("license:") else line for line in lines) + "\n"
+        )
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True, private=private or None)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="cleandistill release")
+        return f"{api.endpoint}/{repo_id}"
+    except (OSError, ValueError) as error:  # the client's HTTP errors are OSErrors, bad names ValueErrors
+        raise SystemExit(_hub_problem("push", repo_id, error)) from None
+
+
+def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
+    """A release's folder from the Hub (or its local cache): config.json, model.safetensors, README.md."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    files = ["config.json", "model.safetensors", "README.md"]
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise SystemExit(_hub_problem("pull", repo_id, error)) from None
+    if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
+        raise SystemExit(
+            f"{repo_id}: no config.json and model.safetensors there; not a release of ours nor a timm model"
+        )
+    return folder
+
+
+def _hub_problem(verb: str, repo_id: str, error: Exception) -> str:
+    """One line for what the Hub's client raised: its kind decides the remedy."""
+    kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    if kind == "RevisionNotFoundError":
+        remedy = "there is no such revision"
+    elif code in (401, 403) or "token" in reason.lower() or "Unauthorized" in reason:
+        remedy = (
+            "log in with a token that may write there: hf auth login" if verb == "push" else "log in: hf auth login"
+        )
+    elif kind in ("RepositoryNotFoundError", "HFValidationError") or code == 404:
+        remedy = "check the name (org/name)"
+    else:
+        remedy = "check the connection and try again"
+    return f"{verb} {repo_id}: {kind}: {reason}; {remedy}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _build(run_dir: Path, /) -> None:
+    """Build the release folder of a run.
+
+    Args:
+        run_dir: the run's folder
+    """
+    print(build_release(run_dir))
+
+
+def _push(
+    folder: Path, repo_id: str, /, licence: str = "", accept_licence: bool = False, private: bool = False
+) -> None:
+    """Upload a run's release to the Hugging Face Hub.
+
+    Args:
+        folder: a run folder or a release folder
+        repo_id: org/name on the Hub
+        licence: the card's licence, instead of the one that the teacher's weights ask for
+        accept_licence: take a licence that contradicts the teacher's upon you
+        private: make the repository private if it is made
+    """
+    print(push(folder, repo_id, licence=licence, accept_licence=accept_licence, private=private))
+
+
+def _pull(repo_id: str, /, revision: str | None = None, to: Path | None = None) -> None:
+    """Download a release from the Hugging Face Hub.
+
+    Args:
+        repo_id: org/name on the Hub
+        revision: branch, tag or commit
+        to: folder to put it into, instead of the Hub's cache
+    """
+    print(pull(repo_id, revision=revision, local_dir=to))
+
+
+def _inspect(spec: str, /) -> None:
+    """Say what a checkpoint is and whether it loads: a folder, an official file, timm/NAME or a Hub id.
+
+    Args:
+        spec: as for --teacher
+    """
+    teacher = load_teacher(spec)
+    count = sum(p.numel() for p in teacher.backbone.parameters())
+    for key, value in {
+        **teacher.facts,
+        "features": teacher.num_features,
+        "parameters": f"{count / 1e6:.2f} M",
+    }.items():
+        print(f"{key:>12}  {value}")
+    print(f"{'head':>12}  {'none' if teacher.head is None else str(teacher.head).replace(chr(10), ' ')}")
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("hub", sys.modules["__main__"])
+    app = tyro.extras.SubcommandApp()
+    for function in (_build, _push, _pull, _inspect):
+        app.command(function, name=function.__name__[1:])
+    app.cli(description="Releases, teachers and the Hugging Face Hub.")

@@ -1,0 +1,159 @@
+"""Networks of our own: ResNets for small images, BatchNorm over groups of the global batch. A chapter of common.py."""
+
+import timm  # noqa: F401  (registers the models that ours stand beside)
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class SmallImageResNet(ResNet):
+    """timm's ResNet with a 3x3 stride-1 stem and no max-pool, for images of 64 px and below (ResNet paper, Sec. 4.2)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        self.feature_info = [{**info, "reduction": max(1, info["reduction"] // 4)} for info in self.feature_info]
+
+
+_CIFAR = {"input_size": (3, 32, 32), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
+_CIFAR |= {"pool_size": (4, 4), "crop_pct": 1.0, "num_classes": 0, "classifier": "fc", "first_conv": "conv1"}
+default_cfgs = generate_default_cfgs({f"resnet{n}_small.none": _CIFAR for n in (18, 34, 50, 101, 152)})
+
+
+def _small_resnet(name: str, block: type, layers: tuple[int, ...], pretrained: bool, kwargs: dict) -> ResNet:
+    return build_model_with_cfg(SmallImageResNet, name, pretrained, **{"block": block, "layers": layers, **kwargs})
+
+
+@register_model
+def resnet18_small(pretrained: bool = False, **kwargs) -> ResNet:
+    return _small_resnet("resnet18_small", BasicBlock, (2, 2, 2, 2), pretrained, kwargs)
+
+
+@register_model
+def resnet34_small(pretrained: bool = False, **kwargs) -> ResNet:
+    return _small_resnet("resnet34_small", BasicBlock, (3, 4, 6, 3), pretrained, kwargs)
+
+
+@register_model
+def resnet50_small(pretrained: bool = False, **kwargs) -> ResNet:
+    return _small_resnet("resnet50_small", Bottleneck, (3, 4, 6, 3), pretrained, kwargs)
+
+
+@register_model
+def resnet101_small(pretrained: bool = False, **kwargs) -> ResNet:
+    return _small_resnet("resnet101_small", Bottleneck, (3, 4, 23, 3), pretrained, kwargs)
+
+
+@register_model
+def resnet152_small(pretrained: bool = False, **kwargs) -> ResNet:
+    return _small_resnet("resnet152_small", Bottleneck, (3, 8, 36, 3), pretrained, kwargs)
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over the processes of a group; the gradient is summed likewise (torch's own version is deprecated)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group) -> Tensor:
+        ctx.group = group
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(grad, ctx.group), None
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate (B, ...) over all processes in rank order, with gradients; x itself for one process."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    rank, world = dist.get_rank(), dist.get_world_size()
+    everywhere = x.new_zeros(world, *x.shape)
+    return _AllReduce.apply(
+        everywhere.index_copy(0, torch.tensor([rank], device=x.device), x.unsqueeze(0)), None
+    ).flatten(0, 1)
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over groups of `group_size` consecutive images of the global batch; made by `set_batch_norm_groups`.
+
+    A group may be part of one process's share or span several processes (then the sums are all-reduced, with
+    gradients). Running statistics follow the first group, as in the authors' DistributedDataParallel runs. Same
+    parameters, buffers and keys as the BatchNorm it replaces.
+    """
+
+    group_size: int
+    process_group = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        elif self.group_size <= len(x):
+            self.num_batches_tracked.add_(1)
+            parts = x.split(self.group_size)
+            running = [(self.running_mean, self.running_var)] + [(None, None)] * (len(parts) - 1)
+            parts = [
+                F.batch_norm(p, *r, self.weight, self.bias, True, self.momentum, self.eps)
+                for p, r in zip(parts, running, strict=True)
+            ]
+            y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        else:
+            self.num_batches_tracked.add_(1)
+            y = self._synchronised(x)
+        return self.act(self.drop(y)) if isinstance(self, BatchNormAct2d) else y
+
+    def _synchronised(self, x: Tensor) -> Tensor:
+        """Mean, then variance around it: two sums over the group's processes."""
+        over = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = x.numel() // x.shape[1] * (self.group_size // len(x))
+        mean = _AllReduce.apply(x.sum(over), self.process_group) / count
+        centred = x - mean.view(shape)
+        var = _AllReduce.apply(centred.square().sum(over), self.process_group) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), self.momentum)
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+
+
+class GroupedBatchNormAct(GroupedBatchNorm, BatchNormAct2d):
+    """The same for timm's BatchNorm with a built-in activation."""
+
+
+def set_batch_norm_groups(model: nn.Module, group_size: int, batch_size: int) -> nn.Module:
+    """Let every BatchNorm of `model` see `group_size` images of the global batch at a time (0: all, "SyncBN").
+
+    In place, and of no effect where one process holds the whole batch as one group. Raises SystemExit where groups and
+    processes' shares do not fit into each other.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    share, group_size = batch_size // world, group_size or batch_size
+    if batch_size % group_size or (share % group_size and group_size % share):
+        raise SystemExit(
+            f"--bn-group-size {group_size}: must divide --batch-size {batch_size} and fit the {share} images of a process"
+        )
+    if group_size == batch_size and world == 1:
+        return model
+    if group_size == batch_size and torch.cuda.is_available():
+        return convert_sync_batchnorm(model)
+    process_group = None
+    if share < group_size < batch_size:  # every process takes part in making every group
+        span = group_size // share
+        groups = [dist.new_group(list(range(r, r + span))) for r in range(0, world, span)]
+        process_group = groups[dist.get_rank() // span]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # a change of class keeps parameters, buffers, keys and hooks as they are
+            module.__class__ = GroupedBatchNormAct if isinstance(module, BatchNormAct2d) else GroupedBatchNorm
+            module.group_size, module.process_group = group_size, process_group
+    return model
