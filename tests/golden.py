@@ -1,0 +1,155 @@
+"""Replays the authors' recorded training steps through a trainer's own `main`.
+
+`replay("smd", "tests/golden/steps/smd_phase1_epoch0.npz")` runs the real loop in float64 on the recorded run's images
+and initial weights and returns what it logged. Nothing of the trainer is replaced but what it reads: the batches, the
+initial values of its tensors and the teacher. The .json beside the .npz describes the run (golden/NOTES there).
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import re
+import tempfile
+import zlib
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import common
+import hub
+
+# Our names -> the authors' (first match wins): the initial values are keyed by name.
+NAMES = [
+    (r"^backbone\.", "encoder."),
+    (r"^(projector|head)\.", "encoder.fc."),
+]
+
+
+def official_name(name: str) -> str:
+    for pattern, replacement in NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, rename=official_name) -> None:
+    """The recorded runs' rule: a tensor of two or more dimensions is drawn from RandomState(crc32(name))."""
+    norms = {n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for name, p in model.named_parameters():
+        if p.ndim >= 2:
+            draw = np.random.RandomState(zlib.crc32(rename(name).encode())).standard_normal(tuple(p.shape))
+            p.copy_(torch.from_numpy((draw * math.sqrt(2 / math.prod(p.shape[1:]))).astype(np.float32)))
+        else:
+            p.fill_(1.0 if name.rpartition(".")[0] in norms and name.endswith("weight") else 0.0)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.reset_running_stats()
+
+
+def plain_backbone(name: str, **_) -> nn.Module:
+    """A backbone that takes its input as it is: the recorded images are what the authors' networks saw."""
+    model = timm.create_model(name, num_classes=0)
+    model.register_buffer("input_mean", torch.zeros(3, 1, 1), persistent=False)
+    model.register_buffer("input_std", torch.ones(3, 1, 1), persistent=False)
+    return model
+
+
+class RecordedBatches:
+    """Stands in for common.Batches: step i's views from an array, all steps inside one given epoch of `epochs`."""
+
+    resident = True
+
+    def __init__(self, images: np.ndarray, epoch: int, epochs: float):
+        self.images, self.at, self.views = torch.from_numpy(images).double(), epoch, [(None, images.shape[-1])]
+        self.steps_per_epoch = len(images) / epochs
+        self.source = mock.MagicMock(name="recorded images", bad={}, __len__=lambda _: 0)
+
+    def epoch(self, step: int) -> int:
+        return self.at
+
+    def progress(self, step: int) -> float:
+        return float(self.at)
+
+    def batch(self, step: int) -> common.Batch:
+        views = self.images[step] if self.images.ndim == 6 else self.images[step].unsqueeze(0)
+        return common.Batch(list(views), None, torch.arange(views.shape[1]))
+
+
+def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str, list]:
+    """Run `trainer` over the recorded steps; {"loss": [...], ...}, one list per logged metric.
+
+    `flags` are fields of the trainer's Args and override what the record says (architectures, learning rate, batch).
+    Also returned: "final_l2", {official parameter name: norm after the last step}, and "buffers" likewise.
+    """
+    trainer = importlib.import_module(f"trainers.{trainer}") if isinstance(trainer, str) else trainer
+    npz_path = Path(npz_path)
+    record, arrays = json.loads(npz_path.with_suffix(".json").read_text()), np.load(npz_path)
+    steps, batch = record["steps"], record["batch"]
+    if "images" in arrays:
+        images = arrays["images"]
+    else:
+        shape = [steps, *([record["views"]] if record.get("views", 1) > 1 else []), batch, *record["image_shape"]]
+        images = np.random.RandomState(0).randn(*shape).astype(np.float32)
+    optimizer = record["optimizer"]
+    epoch = int(re.search(r"epoch (\d+)", optimizer)[1]) if "epoch" in optimizer else 0
+    lr = float(re.search(r"lr=([0-9.]*[0-9])", optimizer)[1])
+    fields = {f.name for f in trainer.Args.__dataclass_fields__.values()}
+    model = re.search(r"resnet\d+", record.get("student") or record.get("model") or record.get("encoder"))[0]
+    teacher = re.search(r"resnet\d+", record["teacher"])[0] if "teacher" in record else None
+    known = {
+        "data": "recorded", "student": model, "backbone": model, "teacher": teacher, "image_size": images.shape[-1],
+        "batch_size": batch, "base_lr": lr * 256 / batch, "group_size": 0, "epochs": 100.0, "total_steps": steps,
+        "log_every": 1, "save_every": 10**6, "num_workers": 0,
+    }  # fmt: skip
+    prepared: list[nn.Module] = []
+
+    def load_teacher(spec: str, **_) -> hub.Teacher:
+        backbone = plain_backbone(spec)
+        initialise(backbone, lambda name: f"teacher.{name}")
+        return hub.Teacher(backbone, {"source": spec, "architecture": spec})
+
+    original_prepare = Accelerator.prepare
+
+    def prepare(self, *objects, **options):
+        for module in objects:
+            if isinstance(module, nn.Module):
+                initialise(module)
+                prepared.append(module)
+        return original_prepare(self, *objects, **options)
+
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        run_dir = Path(folder) / "run"
+        args = trainer.Args(**{**{k: v for k, v in known.items() if k in fields}, "run_dir": run_dir, **flags})
+        batches = RecordedBatches(images, epoch, args.epochs)
+        source = mock.MagicMock(labels=None, bad={})
+        replacements = [
+            (common, "open_source", lambda data, role="train", **_: source if role == "train" else None),
+            (common, "Batches", lambda *_, **__: batches),
+            (common, "create_backbone", plain_backbone),
+            (hub, "load_teacher", load_teacher),
+            (Accelerator, "prepare", prepare),
+        ]
+        for owner, name, value in replacements:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
+        try:
+            trainer.main(args)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == steps, f"{len(lines)} of {steps} recorded steps were logged"
+    result: dict = {key: [line[key] for line in lines] for key in lines[0]}
+    result["final_l2"] = {official_name(n): p.norm().item() for m in prepared for n, p in m.named_parameters()}
+    result["buffers"] = {official_name(n): b.clone() for m in prepared for n, b in m.named_buffers()}
+    return result

@@ -1,0 +1,127 @@
+"""The authors' numbers: losses and gradients to 1e-9, five training steps through `main` to 1e-8, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from golden import replay
+
+from common import LARS
+from trainers.simsiam import negative_cosine
+from trainers.smd import cosine_loss, smd_loss
+
+STEPS = [("simsiam", "simsiam"), ("smd", "smd_phase1_epoch0"), ("smd", "smd_phase2_epoch2")]
+
+
+def arrays(name):
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / "loss" / f"{name}.npz").items()}
+
+
+def close(ours, theirs, tolerance=1e-9):
+    torch.testing.assert_close(ours, theirs.to(ours), rtol=tolerance, atol=tolerance)
+
+
+def test_every_recorded_trajectory_is_replayed():
+    assert {path.stem for path in (GOLDEN / "steps").glob("*.npz")} == {name for _, name in STEPS}
+
+
+@pytest.mark.parametrize("trainer, name", STEPS, ids=[name for _, name in STEPS])
+@pytest.mark.parametrize(
+    "tag, flags", [("f64", {}), ("f64_lrb16", {"base_lr": 0.05})], ids=["lr 0.1", "lr of batch 16"]
+)
+def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
+    path = GOLDEN / "steps" / f"{name}.npz"
+    record, ours = np.load(path), replay(trainer, path, **flags)
+    meters = [key.split("/")[-1] for key in record if key.startswith(f"{tag}/losses/")]
+    assert "loss" in meters
+    for meter in meters:
+        np.testing.assert_allclose(ours[meter], record[f"{tag}/losses/{meter}"], rtol=1e-8, err_msg=meter)
+    np.testing.assert_allclose(ours["lr"], record[f"{tag}/lr"][:, 0], rtol=1e-12)
+    theirs = dict(zip(record[f"{tag}/param_names"], record[f"{tag}/final_l2"], strict=True))
+    theirs.pop("encoder.fc.6.bias", None)  # SimSiam's never-trained bias, D2
+    assert set(ours["final_l2"]) == set(theirs)
+    for key, norm in theirs.items():
+        np.testing.assert_allclose(ours["final_l2"][key], norm, rtol=1e-8, atol=1e-10, err_msg=key)
+    for key in (k for k in record if k.startswith(f"{tag}/bn/")):
+        np.testing.assert_allclose(
+            ours["buffers"][key.removeprefix(f"{tag}/bn/").replace("/", ".")], record[key], rtol=1e-8, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("temperature", ["0.04", "0.004"])
+@pytest.mark.parametrize("view", [1, 2])
+def test_smd_loss_and_gradient_are_the_authors(temperature, view):
+    g = {k.removeprefix("case0/"): v for k, v in arrays("smd").items()}
+    student = g[f"student{view}"].clone().requires_grad_()
+    loss = smd_loss(student, g[f"teacher{view}"], float(temperature))
+    close(loss, g[f"tau{temperature}/view{view}/loss"])
+    close(torch.autograd.grad(loss, student)[0], g[f"tau{temperature}/view{view}/grad_student"])
+
+
+def test_smd_totals_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("smd").items()}
+    checked = 0
+    for key in [k for k in g if k.endswith("/total_loss")]:
+        tau, times, epoch = key.split("/")[:3]
+        s1, s2 = (g[f"student{i}"].clone().requires_grad_() for i in (1, 2))
+        cosine = (cosine_loss(s1, g["teacher1"]) + cosine_loss(s2, g["teacher2"])) / 2
+        metric = sum(smd_loss(s, g[f"teacher{i}"], float(tau[3:])) for i, s in ((1, s1), (2, s2))) / 2
+        total = cosine + float(times[5:]) * metric if epoch != "epoch2" else metric
+        close(total, g[key])
+        grads = torch.autograd.grad(total, [s1, s2])
+        close(grads[0], g[f"{tau}/{times}/{epoch}/grad_student1"])
+        close(grads[1], g[f"{tau}/{times}/{epoch}/grad_student2"])
+        checked += 1
+    assert checked == 12
+
+
+def test_smd_anchor_without_negatives_only_pulls():
+    """All teachers equal: no distance exceeds the student's, every image is a positive, the loss is softplus(w d / t)."""
+    torch.manual_seed(0)
+    s, t = torch.randn(6, 8, dtype=torch.float64, requires_grad=True), torch.ones(6, 8, dtype=torch.float64)
+    d = (torch.nn.functional.normalize(s, dim=1) - 8**-0.5).norm(dim=1)
+    farthest = d.max()
+    close(smd_loss(s, t, 0.04), torch.nn.functional.softplus((farthest.detach() - 1e-6) * farthest / 0.04))
+    assert torch.autograd.grad(smd_loss(s, t, 0.04), s)[0].isfinite().all()
+
+
+def test_smd_groups_are_independent_losses():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 12, 8, dtype=torch.float64)
+    parts = torch.stack([smd_loss(a, b, 0.04) for a, b in zip(s.split(4), t.split(4), strict=True)])
+    close(smd_loss(s, t, 0.04, group_size=4), parts.mean())
+    assert not torch.allclose(smd_loss(s, t, 0.04), parts.mean())
+    with pytest.raises(ValueError, match="group_size 5"):
+        smd_loss(s, t, 0.04, group_size=5)
+
+
+def test_simsiam_loss_and_gradient_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("simsiam").items()}
+    p1, p2, z1, z2 = (g[k].clone().requires_grad_() for k in ("p1", "p2", "z1", "z2"))
+    loss = 0.5 * negative_cosine(p1, z2) + 0.5 * negative_cosine(p2, z1)
+    close(loss, g["loss"])
+    close(torch.autograd.grad(loss, p1, retain_graph=True)[0], g["grad_p1"])
+    close(torch.autograd.grad(loss, p2, retain_graph=True)[0], g["grad_p2"])
+    assert torch.autograd.grad(loss, [z1, z2], allow_unused=True) == (None, None), "z must be behind the stop-gradient"
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_lars_steps_are_the_authors(clip):
+    g = arrays("larc")
+    cases = sorted({k.split("/")[0] for k in g})
+    assert cases
+    for case in cases:
+        c = {k.removeprefix(f"{case}/"): v for k, v in g.items() if k.startswith(f"{case}/")}
+        count = len([k for k in c if k.endswith("_init")])
+        params = [c[f"param{i}_init"].clone().requires_grad_() for i in range(count)]
+        optimizer = LARS(
+            params, c["lr"].item(), trust_coefficient=c["trust_coefficient"].item(), clip=clip, eps=c["eps"].item(),
+            momentum=c["momentum"].item(), weight_decay=c["weight_decay"].item(),
+        )  # fmt: skip
+        for step in range(len(c["grad0"])):
+            for i, p in enumerate(params):
+                p.grad = c[f"grad{i}"][step].clone()
+            optimizer.step()
+            for i, p in enumerate(params):
+                close(p.detach(), c[f"clip{clip}/param{i}_after"][step])
+        assert optimizer.param_groups[0]["weight_decay"] == c["weight_decay"].item(), "put back after the step"
