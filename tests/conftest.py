@@ -24,3 +24,20 @@ def real_images() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real images in {DATA}: set CLEANDISTILL_DATA")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """A run folder of the supervised trainer, a few steps old."""
+    from runs import tiny_run
+
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    tiny_run("supervised", folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory) -> Path:
+    from runs import photographs
+
+    return photographs(tmp_path_factory.mktemp("photographs"))

@@ -102,7 +102,7 @@ class Args:
     metric_weight: float = 1.0
     """weight of the metric loss while the cosine term is on, D5 [main_distill.py --times]"""
     bn_group_size: int = 0
-    """images per BatchNorm group; 0: the whole batch, "SyncBN" [main_distill.py]"""
+    """images per BatchNorm group; 0: the whole batch (SyncBN) [main_distill.py]"""
 
     # --- optimisation ---
     epochs: float = 100
@@ -141,7 +141,7 @@ class Student(nn.Module):
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """L_cos of one view, teacher detached. student, teacher: (B, D) -> scalar in [-1, 1]."""
-    return -F.cosine_similarity(student, teacher.detach(), dim=1).mean()
+    return -F.cosine_similarity(student, teacher.detach().to(student.dtype), dim=1).mean()
 
 
 def smd_loss(student: Tensor, teacher: Tensor, temperature: float, group_size: int | None = None) -> Tensor:
@@ -154,7 +154,7 @@ def smd_loss(student: Tensor, teacher: Tensor, temperature: float, group_size: i
     if len(student) % group_size:
         raise ValueError(f"{len(student)} images are not a multiple of group_size {group_size}")
     s = F.normalize(student, dim=1).view(-1, group_size, student.shape[1])  # (G, N, D)
-    t = F.normalize(teacher.detach(), dim=1).view_as(s)
+    t = F.normalize(teacher.detach().to(student.dtype), dim=1).view_as(s)  # autocast gives bf16 or fp16
     d_tt, d_ts = pairwise_distance(t, t), pairwise_distance(t, s)  # (G, N, N), anchors in rows
     with torch.no_grad():
         negative = d_tt > d_ts.diagonal(dim1=1, dim2=2).unsqueeze(2)

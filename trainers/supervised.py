@@ -79,7 +79,7 @@ class Args:
     label_smoothing: float = 0.0
     """e, share of the target spread over all classes"""
     bn_group_size: int = 0
-    """images per BatchNorm group; 0: the whole batch, "SyncBN" """
+    """images per BatchNorm group; 0: the whole batch (SyncBN)"""
 
     # --- optimisation ---
     schedule: Literal["cosine", "step"] = "cosine"

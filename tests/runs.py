@@ -1,0 +1,71 @@
+"""What several test files need to run trainers on tiny data: arguments, metrics, subprocesses."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+from torchvision.io import write_jpeg
+
+import common
+
+TRAINERS = ["smd", "simsiam", "supervised"]  # what learns step by step; evaluations without a loop are elsewhere
+ENV = {
+    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+
+
+def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str]:
+    """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
+    flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
+    if method == "smd":
+        flags["teacher"] = teacher
+    words = []
+    for key, value in flags.items():
+        words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return words
+
+
+def tiny_run(method: str, run_dir: Path, teacher: Path, **changes) -> list[dict]:
+    """Train in this process; returns the lines of metrics.jsonl without the speed."""
+    trainer = importlib.import_module(f"trainers.{method}")
+    args = common.parse_args(trainer.Args, tiny_flags(method, run_dir, teacher))
+    trainer.main(dataclasses.replace(args, **changes))
+    return metrics(run_dir)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def command(method: str, processes: int = 1) -> list[str]:
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    return [sys.executable, *launcher, str(ROOT / "trainers" / f"{method}.py")]
+
+
+def launch(words: list[str], **env) -> subprocess.CompletedProcess:
+    done = subprocess.run(words, env={**ENV, **env}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def photographs(folder: Path, count: int = 64, sides: tuple[int, int] = (100, 140)) -> Path:
+    """A folder of smooth random JPEGs in two classes, train/ and val/, too large to stay in memory."""
+    g = torch.Generator().manual_seed(0)
+    for i in range(count):
+        height, width = torch.randint(sides[0], sides[1] + 1, (2,), generator=g).tolist()
+        image = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6, generator=g), (height, width), mode="bicubic")[
+            0
+        ]
+        path = folder / ("val" if i % 8 == 0 else "train") / f"class{i % 2}" / f"{i:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jpeg(image.clamp(0, 1).mul(255).to(torch.uint8), str(path), quality=90)
+    return folder

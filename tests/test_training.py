@@ -1,0 +1,140 @@
+"""Learning goes wrong loudly, bf16 runs, the documented command runs, and the golden tests notice sabotage."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import GOLDEN, ROOT
+from golden import replay
+from runs import ENV, TRAINERS, command, launch, metrics, tiny_flags, tiny_run
+
+import common
+import hub
+
+SABOTAGE = [
+    ("simsiam", "z.detach()", "z"),  # no stop-gradient
+    ("simsiam", "0.5 * negative_cosine(p2, z1)", "0.5 * negative_cosine(p1, z1)"),  # the same view twice
+    ("simsiam", "args.batch_size / 256", "1"),  # no linear scaling
+    ("simsiam", '{"fixed_lr": peak_lr} if args.fix_pred_lr else {}', '{"fixed_lr": 0.5 * peak_lr}'),
+    ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
+    ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
+    ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
+    ("smd", "d_tt > d_ts.diagonal", "d_tt < d_ts.diagonal"),
+    ("smd", "pairwise_distance(t, s)", "pairwise_distance(s, t)"),  # anchors on the wrong side
+]
+
+
+def sabotaged(method, old, new, folder):
+    text = (ROOT / "trainers" / f"{method}.py").read_text()
+    assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times: the sabotage no longer applies"
+    path = folder / f"{method}_{abs(hash(old))}.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("method, old, new", SABOTAGE, ids=lambda s: re.sub(r"\W+", "-", s)[:30])
+def test_golden_trajectory_notices(method, old, new, tmp_path):
+    path = GOLDEN / "steps" / {"simsiam": "simsiam.npz", "smd": "smd_phase1_epoch0.npz"}[method]
+    ours = replay(sabotaged(method, old, new, tmp_path), path)["loss"]
+    assert not np.allclose(ours, np.load(path)["f64/losses/loss"], rtol=1e-6)
+
+
+def test_simsiam_without_stop_gradient_is_stopped_as_collapsed(tmp_path, tiny_teacher):
+    trainer = sabotaged("simsiam", "z.detach()", "z", tmp_path)
+    args = common.parse_args(trainer.Args, tiny_flags("simsiam", tmp_path / "run", tiny_teacher))
+    args = dataclasses.replace(args, total_steps=400, base_lr=8.0, save_every=1000, log_every=5, lr_per_epoch=False)
+    with pytest.raises(SystemExit, match=r"step \d+: SimSiam has collapsed .* lower --base-lr"):
+        trainer.main(args)
+    last = metrics(tmp_path / "run")[-1]
+    assert last["loss"] < -0.85 and last["z_std"] < 0.75 and last["step"] < 399
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_loss_that_is_not_finite_stops_with_its_step(method, tmp_path, tiny_teacher, monkeypatch):
+    batch = common.Batches.batch
+
+    def poisoned(self, step):
+        got = batch(self, step)
+        return dataclasses.replace(got, views=[x * math.nan for x in got.views]) if step == 4 else got
+
+    monkeypatch.setattr(common.Batches, "batch", poisoned)
+    with pytest.raises(SystemExit, match=r"step 4: the loss is not finite.*--base-lr"):
+        tiny_run(method, tmp_path / "run", tiny_teacher, log_every=3)
+    assert [f.name for f in hub.checkpoints(tmp_path / "run")] == ["step_00000003"], "no checkpoint after the NaN"
+
+
+def test_an_smd_student_that_gives_one_feature_is_stopped(tmp_path, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(common, "z_std", lambda z: z.new_tensor(1e-4 if z.requires_grad else 0.8))
+    with pytest.raises(SystemExit, match="same feature .*--base-lr"):
+        tiny_run("smd", tmp_path / "run", tiny_teacher)
+
+
+def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
+    z = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert common.z_std(z).item() == pytest.approx(1, abs=0.02)
+    assert common.z_std(torch.ones(256, 64) + 1e-6 * z[:256]).item() < 1e-3
+    assert common.effective_rank(z).item() > 60
+    assert common.effective_rank(z[:, :1] * torch.ones(1, 64)).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", "bf16"]
+    flags = tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 6})
+    launch([*launcher, *command(method)[1:], *flags])
+    assert json.loads((tmp_path / "environment.json").read_text())["mixed_precision"] == "bf16"
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_the_loss_falls(method, tmp_path, tiny_teacher):
+    lines = tiny_run(
+        method, tmp_path / "run", tiny_teacher, total_steps=60, save_every=1000, optimizer="adamw", base_lr=0.08
+    )
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 0.01
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_command_in_the_docstring_is_the_trainers(method):
+    docstring = (ROOT / "trainers" / f"{method}.py").read_text().split('"""')[1]
+    assert f"accelerate launch trainers/{method}.py" in docstring
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_short_run_from_the_command_line_ends_in_a_release(method, tmp_path, tiny_teacher):
+    done = launch(command(method) + tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 2}))
+    assert "timm.create_model" in done.stdout and (tmp_path / "release" / "model.safetensors").exists()
+    if method != "supervised":
+        assert re.search(r"raw pixels +\d+\.\d\d %", done.stdout)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_paths_train(precision, compiled, tmp_path, tiny_teacher):
+    AcceleratorState._reset_state(True)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    losses = [line["loss"] for line in tiny_run("smd", tmp_path / "run", tiny_teacher, compile=compiled)]
+    assert len(losses) == 8 and all(map(math.isfinite, losses))
+
+
+def test_help_lists_the_flags_and_the_papers_defaults():
+    done = subprocess.run([*command("smd"), "--help"], env=ENV, capture_output=True, text=True)
+    text = re.sub(r"[\s│]+", " ", done.stdout)  # without tyro's box
+    assert done.returncode == 0 and "--temperature" in text
+    assert re.search(r"--batch-size INT images per optimizer step, over all processes \(default: 512\)", text)

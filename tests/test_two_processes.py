@@ -1,0 +1,86 @@
+"""The same flags on one and on two processes give the same losses. Asserts that there were two."""
+
+import json
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from runs import TRAINERS, command, launch, metrics, tiny_flags, tiny_run
+
+import common
+from trainers.shared.networks import GroupedBatchNorm
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+@pytest.mark.parametrize("data", ["digits", "photographs"])
+def test_two_processes_train_as_one(method, data, tmp_path, tiny_teacher, photo_folder):
+    changes = {"total-steps": 5, **({"data": photo_folder} if data == "photographs" else {})}
+    runs = {}
+    for processes in (1, 2):
+        run_dir = tmp_path / str(processes)
+        launch(command(method, processes) + tiny_flags(method, run_dir, tiny_teacher, **changes))
+        assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == processes
+        runs[processes] = metrics(run_dir)
+    assert len(runs[1]) == len(runs[2]) == 5
+    for one, two in zip(runs[1], runs[2], strict=True):
+        for key in ("loss", "lr"):  # a mean of cosines may be zero: there, relative to its range
+            assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), f"{key} at step {one['step']}"
+
+
+def test_a_group_that_spans_both_processes_is_one_group(tmp_path, tiny_teacher):
+    """SMD's pairs are gathered with their gradients: 16 images in one group on 2 x 8."""
+    runs = []
+    for processes in (1, 2):
+        flags = tiny_flags("smd", tmp_path / str(processes), tiny_teacher, **{"group-size": 0, "total-steps": 4})
+        launch(command("smd", processes) + flags)
+        runs.append(metrics(tmp_path / str(processes)))
+    assert len(runs[0]) == 4
+    for one, two in zip(*runs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def _grouped_batch_norm(group_size: int, folder: str) -> None:
+    """One forward and backward over this process's share; rank r writes folder/r.pt."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 5, 3, 3, generator=g, dtype=torch.float64).chunk(world)[rank].requires_grad_()
+    target = torch.randn(16, 5, 3, 3, generator=g, dtype=torch.float64).chunk(world)[rank]
+    bn = common.set_batch_norm_groups(torch.nn.Sequential(torch.nn.BatchNorm2d(5)).double(), group_size, 16)
+    y = bn(x)
+    (y * target).sum().backward()
+    assert world == 1 or isinstance(bn[0], GroupedBatchNorm)
+    torch.save(
+        {"y": y.detach(), "grad": x.grad, "world": world, "buffers": dict(bn.named_buffers())}, f"{folder}/{rank}.pt"
+    )
+
+
+@pytest.mark.parametrize("group_size", [0, 8, 4])
+def test_batch_norm_groups_do_not_depend_on_the_processes(group_size, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    _grouped_batch_norm(group_size, str(tmp_path / "one"))
+    debug_launcher(_grouped_batch_norm, (group_size, str(tmp_path / "two")), num_processes=2)
+    one = torch.load(tmp_path / "one" / "0.pt")
+    two = [torch.load(tmp_path / "two" / f"{r}.pt") for r in (0, 1)]
+    assert [t["world"] for t in two] == [2, 2]
+    for key in ("y", "grad"):
+        torch.testing.assert_close(torch.cat([t[key] for t in two]), one[key], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(two[0]["buffers"], one["buffers"], rtol=1e-10, atol=1e-12)  # rank 0's are the ones kept
+
+
+def test_batch_norm_groups_are_batch_norm_of_each_group():
+    x = torch.randn(12, 5, 3, 3, dtype=torch.float64)
+    grouped = common.set_batch_norm_groups(torch.nn.Sequential(torch.nn.BatchNorm2d(5)).double(), 4, 12)
+    plain = [torch.nn.BatchNorm2d(5).double()(part) for part in x.split(4)]
+    torch.testing.assert_close(grouped(x), torch.cat(plain))
+    assert list(grouped.state_dict()) == list(torch.nn.Sequential(torch.nn.BatchNorm2d(5)).state_dict())
+    with pytest.raises(SystemExit, match="--bn-group-size 5"):
+        common.set_batch_norm_groups(torch.nn.BatchNorm2d(5), 5, 12)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(tmp_path, tiny_teacher, monkeypatch):
+    """A launcher's environment without a process group: each would believe that it is alone, on the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2 processes that do not see each other.*ACCELERATE_USE_CPU=true torchrun"):
+        tiny_run("supervised", tmp_path / "run", tiny_teacher)
