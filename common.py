@@ -260,17 +260,18 @@ def _digits(role: str) -> Source:
     chosen = order[:1437].repeat(4) if role == "train" else order[1437:]
     g = torch.Generator().manual_seed(1 if role == "train" else 2)
     n = len(chosen)
-    angle = (torch.rand(n, generator=g) - 0.5) * (math.pi / 7.5)  # up to 12 degrees either way
-    scale = 1.0 + 0.6 * torch.rand(n, generator=g)  # the digit takes 60 to 100 % of the side
-    shift = (torch.rand(n, 2, generator=g) - 0.5) * 0.4
+    rand = partial(torch.rand, generator=g, dtype=torch.float32)
+    angle = (rand(n) - 0.5) * (math.pi / 7.5)  # up to 12 degrees either way
+    scale = 1.0 + 0.6 * rand(n)  # the digit takes 60 to 100 % of the side
+    shift = (rand(n, 2) - 0.5) * 0.4
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(n, 2, 2)
     grid = F.affine_grid(torch.cat([turn * scale.view(n, 1, 1), shift.unsqueeze(2)], 2), [n, 1, 32, 32], False)
     ink = F.grid_sample(images[chosen], grid, align_corners=False)
-    ground, colour = torch.rand(2, n, 3, 1, 1, generator=g)
+    ground, colour = rand(2, n, 3, 1, 1)
     light = ground.mean(dim=1, keepdim=True)
     close = (colour.mean(dim=1, keepdim=True) - light).abs() < 0.25  # unreadable in grey: darken or brighten the ink
     colour = torch.where(close, torch.where(light > 0.5, 0.2 * colour, 1 - 0.2 * (1 - colour)), colour)
-    noise = 0.04 * torch.randn(n, 3, 32, 32, generator=g)
+    noise = 0.04 * torch.randn(n, 3, 32, 32, generator=g, dtype=torch.float32)
     pixels = (ground + ink * (colour - ground) + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Source("digits", n, pixels=pixels, labels=labels[chosen], classes=[str(i) for i in range(10)])
 
@@ -796,7 +797,7 @@ def extract_features(
         with accelerator.autocast():
             y = model(x).float().cpu()
         if features is None:
-            features = torch.zeros(len(source), y.shape[1])
+            features = y.new_zeros(len(source), y.shape[1])
         features[indices] = y
     if training:
         model.train()
