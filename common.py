@@ -876,9 +876,8 @@ def knn_accuracy(
                 top, order = top.topk(min(max(ks), top.shape[1]), dim=1)
                 index = index.gather(1, order)
             best, neighbour = top, index
-        weight = (best / temperature).exp() if vote == "weighted" and metric == "cosine" else torch.ones_like(best)
-        if vote == "weighted" and metric == "euclidean":  # relative to the nearest: only ratios count
-            weight = ((best - best[:, :1]) / temperature).exp()
+        # relative to the nearest neighbour: only ratios count, and exp overflows below temperature 0.012
+        weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else torch.ones_like(best)
         label = gallery_labels.to(best.device)[neighbour]
         for number in ks:
             votes = best.new_zeros(len(query), num_classes).scatter_add_(1, label[:, :number], weight[:, :number])
