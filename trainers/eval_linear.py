@@ -233,9 +233,11 @@ def main(args: Args) -> dict[str, float]:
         run.watch(step, losses.nan_to_num(torch.inf).min())  # one head may diverge in a sweep, not all of them
 
         if run.log_due(step):
-            correct = (logits.argmax(2) == labels).float().mean(1)
-            each = {f"loss_lr{lr:g}": value for lr, value in zip(args.base_lrs, losses, strict=True)}
-            run.log(step, loss=loss / len(losses), **each, train_top1=100 * correct.max(), lr_factor=factor)
+            each = {}
+            for base_lr, value, guess in zip(args.base_lrs, losses, logits.argmax(2), strict=True):
+                each[f"loss_lr{base_lr:g}"] = value
+                each[f"train_top1_lr{base_lr:g}"] = 100 * (guess == labels).float().mean()
+            run.log(step, loss=loss / len(losses), **each, lr_factor=factor)
 
         # --- shared block: checkpoint ---
         stopping = run.stop_requested()
