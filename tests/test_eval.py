@@ -1,5 +1,7 @@
 """kNN and the linear probe: against scikit-learn, against themselves, and from the command line's flags to the files."""
 
+import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -24,6 +26,14 @@ from trainers import eval_knn, eval_linear
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits_once():
+    """Every run of a trainer opens the embedded digits: draw them once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_digits", functools.cache(common._digits))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +420,7 @@ def test_mistakes_get_one_line(make, flags, message, tiny, tmp_path):
 
 def test_a_hidden_label_is_not_a_class():
     source = common.open_source("digits", "eval")
-    source.labels = torch.full_like(source.labels, -1)
+    source = dataclasses.replace(source, labels=torch.full_like(source.labels, -1))
     with pytest.raises(SystemExit, match="holds the label -1; choose a labelled split with --query-split"):
         common.labelled_pair("x", common.open_source("digits"), source)
 
