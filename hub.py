@@ -58,8 +58,9 @@ class Run:
                 f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
             )
-        if args.batch_size < 1 or args.batch_size % world:
-            raise SystemExit(f"--batch-size {args.batch_size}: must be a positive multiple of the {world} processes")
+        batch_size = getattr(args, "batch_size", world)
+        if batch_size < 1 or batch_size % world:
+            raise SystemExit(f"--batch-size {batch_size}: must be a positive multiple of the {world} processes")
         found = [name for name in ("step_*", "metrics.jsonl", "results.json") if any(self.dir.glob(name))]
         if self.same_everywhere(bool(found)) and not getattr(args, "resume", False):
             remedy = "--resume continues it, or choose" if hasattr(args, "resume") else "choose"

@@ -265,21 +265,22 @@ def test_the_backbone_stays_in_eval_mode_and_the_views_are_random(tiny, tmp_path
 def test_learning_rates_follow_the_schedule(tiny, tmp_path):
     flags = {"subset": "256", "batch_size": 128, "total_steps": 8}  # 2 steps an epoch, 4 epochs
     eval_linear.main(linear_args(tiny, tmp_path / "cosine", **flags))
-    factors = [line["lr_factor"] for line in logged(tmp_path / "cosine")]
+    factors = [line["lr"] / (0.1 * 128 / 256) for line in logged(tmp_path / "cosine")]
     assert factors == pytest.approx([1, 1, 0.853553, 0.853553, 0.5, 0.5, 0.146447, 0.146447], abs=1e-6)
     eval_linear.main(
         linear_args(tiny, tmp_path / "step", schedule="step", milestones=(1, 3), base_lrs=(0.2,), **flags)
     )
-    factors = [line["lr_factor"] for line in logged(tmp_path / "step")]
+    factors = [line["lr"] / (0.2 * 128 / 256) for line in logged(tmp_path / "step")]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
     assert saved(tmp_path / "step", 8)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.2 * 128 / 256 * 0.01)
 
 
 def test_lars_learns(tiny, tmp_path, folder):
     flags = {"subset": "", "data": str(folder), "batch_size": 800, "total_steps": 200, "save_every": 200}
-    figures = eval_linear.main(linear_args(tiny, tmp_path, base_lrs=(2.0,), **flags))
-    losses = [line["loss"] for line in logged(tmp_path)]
-    assert losses[-1] < 0.6 * losses[0] and figures["top1"] > 50
+    figures = eval_linear.main(linear_args(tiny, tmp_path, base_lrs=(1e-4, 2.0), **flags))
+    losses = [line["loss_lr2"] for line in logged(tmp_path)]
+    assert losses[-1] < 0.6 * losses[0] and figures["top1"] == figures["top1_lr2"] > 50 > figures["top1_lr0.0001"]
+    assert figures["best_base_lr"] == 2.0
     assert eval_linear.Args().optimizer == linear_args(tiny, tmp_path).optimizer == "lars"  # 1.39 -> 0.70, 60 %
 
 
@@ -344,7 +345,7 @@ def test_the_tiny_config_runs_and_records_what_it_did(trainer, tiny, tmp_path, c
 
 def test_knn_of_the_trainer_is_knn_of_its_features(tiny, folder, tmp_path):
     flags = {"data": str(folder), "subset": "", "k": (1, 5), "metric": "euclidean", "pixel_baseline": True}
-    figures = eval_knn.main(knn_args(tiny, tmp_path, vote="majority", batch_size=64, **flags))
+    figures = eval_knn.main(knn_args(tiny, tmp_path, vote="majority", eval_batch_size=64, **flags))
     train, val = common.labelled_pair("x", common.open_source(str(folder)), common.open_source(str(folder), "eval"))
     network, recipe, accelerator = hub.load_teacher(tiny), common.eval_recipe(32), Accelerator(cpu=True)
     for name, function in (("backbone", network), ("raw pixels", lambda x: x.flatten(1))):
@@ -382,11 +383,12 @@ ERRORS = [
     (BOTH, {"data": STRANGER}, "1 classes to evaluate on are not in the training split: emu"),
     (BOTH, {"query_split": "nope"}, "--query-split nope: digits has train, test"),
     (BOTH, {"split": "nope"}, "--split nope: digits has train, test"),
-    (BOTH, {"batch_size": 0}, "--batch-size 0"),
+    (BOTH[:1], {"eval_batch_size": 0}, "--eval-batch-size 0: must be at least 1"),
+    (BOTH[1:], {"batch_size": 0}, "--batch-size 0: must be a positive multiple"),
     (BOTH[:1], {"k": (1, 601)}, "--k 1 601: give numbers from 1 to 600"),
     (BOTH[:1], {"k": (0,)}, "--k 0: give numbers from 1 to 600"),
     (BOTH[:1], {"k": ()}, "--k : give numbers"),
-    (BOTH[:1], {"temperature": 0.0}, "--temperature 0.0: must be above 0"),
+    (BOTH[:1], {"vote_temperature": 0.0}, "--vote-temperature 0.0: must be above 0"),
     (BOTH[1:], {"base_lrs": (0.1, 0.1)}, "--base-lrs: give one learning rate or several different"),
     (BOTH[1:], {"base_lrs": ()}, "--base-lrs: give one"),
     (BOTH[1:], {"batch_size": 601}, "--batch-size 601: larger than the 600 images"),
@@ -465,7 +467,7 @@ def test_two_processes_get_what_one_gets(tiny, tmp_path, monkeypatch):
         assert facts == [1, 2] and len(figures) >= 4
         assert {k: one[k] for k in figures} == pytest.approx({k: two[k] for k in figures}, abs=0.3)  # an image of 360
     losses = [logged(run) for run in runs]
-    assert len(losses[0]) == 20 and set(losses[0][0]) >= {"loss", "loss_lr0.1", "train_top1_lr1"}
+    assert len(losses[0]) == 20 and set(losses[0][0]) >= {"loss", "lr", "loss_lr0.1", "train_top1_lr1"}
     for one, two in zip(*losses, strict=True):
         assert one == pytest.approx(two, abs=1e-5)
 

@@ -2,10 +2,10 @@
 
 A query image with feature q takes the k gallery images of the greatest similarity s_i, N_k, and the class with most votes:
 
-    class(q) = argmax_c  sum_{i in N_k} exp(s_i / temperature) [y_i = c]                       (weighted vote)
+    class(q) = argmax_c  sum_{i in N_k} exp(s_i / vote_temperature) [y_i = c]                       (weighted vote)
     class(q) = argmax_c  sum_{i in N_k} [y_i = c]                                              (majority vote)
 
-s is the cosine, or minus the squared Euclidean distance of the raw features. Weighted cosine with temperature 0.07 is
+s is the cosine, or minus the squared Euclidean distance of the raw features. Weighted cosine with 0.07 is
 Wu et al. (CVPR 2018, arXiv:1805.01978, Sec. 3.4), the setting of DINO and mmselfsup with k 10, 20, 100, 200; `--vote
 majority --k 1` is CompRess' and ISD's 1-NN. The gallery is the training split, seen once in the evaluation view.
 Differences from those codes:
@@ -64,8 +64,8 @@ class Args:
     """side of the square view, pixels"""
     num_workers: int = 8
     """data workers per process for images that do not stay in memory (above 96 px)"""
-    batch_size: int = 256
-    """images per forward pass, over all processes; changes memory and speed, no figure"""
+    eval_batch_size: int = 256
+    """images per forward pass of each process; changes memory and speed, no figure"""
 
     # --- models ---
     checkpoint: str | None = None
@@ -77,8 +77,8 @@ class Args:
     k: tuple[int, ...] = (10, 20, 100, 200)
     """numbers of neighbours, each reported [DINO eval_knn.py]"""
     vote: Literal["weighted", "majority"] = "weighted"
-    """neighbours count by exp(similarity / temperature), or one each [Wu et al. Sec. 3.4]"""
-    temperature: float = 0.07
+    """neighbours count by exp(similarity / vote_temperature), or one each [Wu et al. Sec. 3.4]"""
+    vote_temperature: float = 0.07
     """temperature of the weighted vote; the smaller, the more the nearest neighbours count [Wu et al. Sec. 3.4]"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """similarity: cosine of the features, or minus their squared Euclidean distance"""
@@ -113,8 +113,9 @@ def main(args: Args) -> dict[str, float]:
     if not args.k or min(args.k) < 1 or max(args.k) > len(gallery):
         asked = " ".join(map(str, args.k))
         raise SystemExit(f"--k {asked}: give numbers from 1 to {len(gallery)}, the images in the gallery")
-    if args.temperature <= 0:
-        raise SystemExit(f"--temperature {args.temperature}: must be above 0")
+    common.check_positive(args, "eval_batch_size")
+    if args.vote_temperature <= 0:
+        raise SystemExit(f"--vote-temperature {args.vote_temperature}: must be above 0")
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
@@ -128,8 +129,8 @@ def main(args: Args) -> dict[str, float]:
     rows[args.features] = network if args.features == "backbone" else lambda x: network.head(network(x))
 
     recipe = common.eval_recipe(args.image_size)
-    options = {"batch_size": args.batch_size // world, "num_workers": args.num_workers}
-    voting = {"temperature": args.temperature, "vote": args.vote, "metric": args.metric}
+    options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
+    voting = {"temperature": args.vote_temperature, "vote": args.vote, "metric": args.metric}
     share = torch.arange(len(queries)).tensor_split(world)[rank]  # every process classifies its part of the queries
     figures = {}
     for name, function in rows.items():

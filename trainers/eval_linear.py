@@ -213,7 +213,7 @@ def main(args: Args) -> dict[str, float]:
         else:
             batch = data.batch(step)
             with torch.no_grad(), accelerator.autocast():
-                features, labels = extract(batch.views[0]).float(), batch.labels
+                features, labels = extract(batch.views[0]).to(torch.get_default_dtype()), batch.labels
 
         at, unit = (data.epoch(step), 1) if args.lr_per_epoch else (data.progress(step), 1 / data.steps_per_epoch)
         if args.schedule == "cosine":
@@ -237,7 +237,7 @@ def main(args: Args) -> dict[str, float]:
             for base_lr, value, guess in zip(args.base_lrs, losses, logits.argmax(2), strict=True):
                 each[f"loss_lr{base_lr:g}"] = value
                 each[f"train_top1_lr{base_lr:g}"] = 100 * (guess == labels).float().mean()
-            run.log(step, loss=loss / len(losses), **each, lr_factor=factor)
+            run.log(step, loss=loss / len(losses), **each, lr=optimizer.param_groups[0]["lr"])
 
         # --- shared block: checkpoint ---
         stopping = run.stop_requested()
