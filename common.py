@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 
-# Two chapters of this file that would make it too long to read: the random views and our own networks.
+# Chapters of this file that would make it too long to read: the random views, our own networks, labelled evaluation.
+from trainers.shared.evaluation import labelled_pair
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.views import (
     CIFAR,
@@ -224,7 +225,7 @@ def open_source(
     """
     path = Path(data).expanduser()
     if data == "digits":
-        source = _digits(role)
+        source = _digits(_pick_split(("train", "test"), role, split, data))
     elif path.is_dir() and not _has_tables(path):
         source = _open_folder(path, role, split)
     else:
@@ -246,7 +247,7 @@ def _subset(n: int, subset: str, seed: int) -> list[int]:
     return sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
-def _digits(role: str) -> Source:
+def _digits(split: str) -> Source:
     """scikit-learn's 8x8 digits, drawn as (N, 3, 32, 32) in random colours on random grounds, shifted, turned, scaled.
 
     1,437 digits drawn 4 times to train on, the other 360 once to test; the same pixels on every machine.
@@ -257,8 +258,8 @@ def _digits(role: str) -> Source:
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8)
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    chosen = order[:1437].repeat(4) if role == "train" else order[1437:]
-    g = torch.Generator().manual_seed(1 if role == "train" else 2)
+    chosen = order[:1437].repeat(4) if split == "train" else order[1437:]
+    g = torch.Generator().manual_seed(1 if split == "train" else 2)
     n = len(chosen)
     rand = partial(torch.rand, generator=g, dtype=torch.float32)
     angle = (rand(n) - 0.5) * (math.pi / 7.5)  # up to 12 degrees either way
@@ -286,7 +287,8 @@ def _pick_split(names: Sequence[str], role: str, split: str, data: str) -> str |
     """The split to open: the one asked for, else the usual names; a single split serves training only."""
     if split:
         if split not in names:
-            raise SystemExit(f"--split {split}: {data} has {', '.join(names) or 'no splits'}")
+            flag = "--split" if role == "train" else "--query-split"
+            raise SystemExit(f"{flag} {split}: {data} has {', '.join(names) or 'no splits'}")
         return split
     found = [name for wanted in SPLITS[role] for name in names if name == wanted]
     if not found and role == "train" and len(names) > 1:
@@ -298,13 +300,11 @@ def _open_folder(path: Path, role: str, split: str) -> Source | None:
     """A tree of image files: train/ and val/ below it are splits, the folders below those are classes."""
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     named = [name for name in folders if name == split or name in SPLITS["train"] + SPLITS["eval"]]
-    if named:
-        chosen = _pick_split(named, role, split, str(path))
+    if named or split:
+        chosen = _pick_split(named or folders, role, split, str(path))
         if chosen is None:
             return None
         path = path / chosen
-    elif split:
-        raise SystemExit(f"--split {split}: {path} has no folder of that name; it has {', '.join(folders) or 'none'}")
     elif role == "eval":
         return None
     files = sorted(os.path.join(d, f) for d, _, fs in os.walk(path, followlinks=True) for f in fs)
@@ -345,8 +345,8 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         if name is None:
             return None
         opened = opened[name]
-    elif role == "eval":
-        return None
+    elif role == "eval" or split:
+        return _pick_split((), role, split, data)  # None, or the error that there are no splits
     columns = opened.features
     images = [k for k, f in columns.items() if isinstance(f, datasets.Image)]
     if image_column and image_column not in columns:
@@ -877,9 +877,8 @@ def knn_accuracy(
                 top, order = top.topk(min(max(ks), top.shape[1]), dim=1)
                 index = index.gather(1, order)
             best, neighbour = top, index
-        weight = (best / temperature).exp() if vote == "weighted" and metric == "cosine" else torch.ones_like(best)
-        if vote == "weighted" and metric == "euclidean":  # relative to the nearest: only ratios count
-            weight = ((best - best[:, :1]) / temperature).exp()
+        # relative to the nearest neighbour: only ratios count, and exp overflows below temperature 0.012
+        weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else torch.ones_like(best)
         label = gallery_labels.to(best.device)[neighbour]
         for number in ks:
             votes = best.new_zeros(len(query), num_classes).scatter_add_(1, label[:, :number], weight[:, :number])

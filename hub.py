@@ -58,13 +58,13 @@ class Run:
                 f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
             )
-        if args.batch_size < 1 or args.batch_size % world:
-            raise SystemExit(f"--batch-size {args.batch_size}: must be a positive multiple of the {world} processes")
-        used = self.same_everywhere(any(self.dir.glob("step_*")) or (self.dir / "metrics.jsonl").exists())
-        if used and not args.resume:
-            raise SystemExit(
-                f"--run-dir {self.dir}: holds a run already; --resume continues it, or choose another folder"
-            )
+        batch_size = getattr(args, "batch_size", world)
+        if batch_size < 1 or batch_size % world:
+            raise SystemExit(f"--batch-size {batch_size}: must be a positive multiple of the {world} processes")
+        found = [name for name in ("step_*", "metrics.jsonl", "results.json") if any(self.dir.glob(name))]
+        if self.same_everywhere(bool(found)) and not getattr(args, "resume", False):
+            remedy = "--resume continues it, or choose" if hasattr(args, "resume") else "choose"
+            raise SystemExit(f"--run-dir {self.dir}: holds a run already; {remedy} another folder")
         if args.tracker != "none" and [t.name for t in accelerator.log_with] != [args.tracker]:
             raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
         if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
@@ -214,11 +214,12 @@ class Run:
 
     # --- checkpoints ---
 
-    def save(self, step: int, state: dict, backbone: nn.Module) -> None:
+    def save(self, step: int, state: dict, backbone: nn.Module | None) -> None:
         """Write step_<step>/ whole or not at all: everything in `state`, every process's RNG, `backbone` for releases.
 
-        `state` maps names to modules, optimisers or tensors. Older checkpoints beyond --keep go once the new one is
-        in place. A full disk stops the run and leaves the previous checkpoint.
+        `state` maps names to modules, optimisers or tensors; an evaluation has no backbone to release: None. Older
+        checkpoints beyond --keep go once the new one is in place. A full disk stops the run and leaves the previous
+        checkpoint.
         """
         self.check()
         rng = {"python": random.getstate(), "numpy": _numpy_rng(), "torch": torch.get_rng_state()}
@@ -237,7 +238,8 @@ class Run:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir()
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
-                _save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
+                if backbone is not None:
+                    _save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
                 for file in beside.iterdir():
                     with open(file, "rb") as f:
                         os.fsync(f.fileno())
@@ -321,8 +323,11 @@ class Run:
         if self.accelerator.is_main_process:
             (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
 
-    def finish(self, source: common.Source | None, results: dict[str, float]) -> Path:
-        """Close the log, write results.json, build the release folder and, with --push-to-hub, upload it."""
+    def finish(self, source: common.Source | None, results: dict, *, trained: bool = True) -> Path:
+        """Close the log, write results.json, build the release folder and, with --push-to-hub, upload it.
+
+        `trained=False` is for evaluations: no backbone was trained, so there is no release.
+        """
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -332,6 +337,7 @@ class Run:
             if source is not None and source.bad:
                 (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
                 self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
+        if self.accelerator.is_main_process and trained:
             build_release(self.dir)
             load = "import common, timm" if "_small" in (release / "config.json").read_text() else "import timm"
             self.say(
@@ -452,14 +458,20 @@ class Teacher(nn.Module):
         return self.backbone(x)
 
 
-def load_teacher(spec: str | Path, *, num_classes: int = 0) -> Teacher:
+def load_teacher(spec: str | Path, *, num_classes: int = 0, flag: str = "--teacher") -> Teacher:
     """The teacher that `--teacher SPEC` names, on the CPU; every backbone tensor matched or an error that names it.
 
     spec: a run folder, a release folder, an official file, "timm/NAME", a Hub id, or a name in TEACHERS. With
-    `num_classes` the network ends in its classifier. Raises SystemExit where there is nothing to load or it does not
-    fit; a file that would run code on loading is refused.
+    `num_classes` the network ends in its classifier. Raises SystemExit, in terms of `flag`, where there is nothing to
+    load or it does not fit; a file that would run code on loading is refused.
     """
-    spec = str(spec)
+    try:
+        return _load_teacher(str(spec), num_classes)
+    except SystemExit as error:
+        raise SystemExit(str(error).replace("--teacher", flag)) from None
+
+
+def _load_teacher(spec: str, num_classes: int) -> Teacher:
     path = Path(spec).expanduser()
     if path.is_dir():
         return _load_folder(path, num_classes, {"source": path.name})
@@ -481,7 +493,7 @@ def load_teacher(spec: str | Path, *, num_classes: int = 0) -> Teacher:
 
 def load_weights(backbone: nn.Module, spec: str) -> None:
     """--init-from: copy the weights of the checkpoint `spec` (as for --teacher) into a backbone, strictly."""
-    load_strictly(backbone, load_teacher(spec).backbone.state_dict(), f"--init-from {spec}")
+    load_strictly(backbone, load_teacher(spec, flag="--init-from").backbone.state_dict(), f"--init-from {spec}")
 
 
 def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
