@@ -69,7 +69,8 @@ def parse_args(args_class: type, argv: Sequence[str] | None = None):
     if given and argv[given[0]] == "--config" and given[0] + 1 == len(argv):
         raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
     if given:
-        path = Path(argv[given[0]].partition("=")[2] or argv[given[0] + 1])
+        word = argv[given[0]]
+        path = Path(word.partition("=")[2] if "=" in word else argv[given[0] + 1])
         return _parse(args_class, argv, args_class(**_read_config(args_class, path)))
     args = _parse(args_class, argv, args_class())
     demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
@@ -84,15 +85,17 @@ def _read_config(args_class: type, path: Path) -> dict:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise SystemExit(f"--config {path}: {error.strerror or error}; the shipped ones are in configs/") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not even text
         raise SystemExit(f"--config {path}: not valid TOML: {error}") from None
-    names = [f.name for f in dataclasses.fields(args_class)]
-    argv = []
+    defaults, argv = vars(args_class()), []
     for key, value in values.items():
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "the keys are the flags that --help lists"
             raise SystemExit(f"--config {path}: unknown key {key!r}; {hint}")
+        if isinstance(value, dict) or isinstance(value, bool) != isinstance(defaults[key], bool):
+            wanted = "true or false" if isinstance(defaults[key], bool) else "a number, a text or a list"
+            raise SystemExit(f"--config {path}: {key} = {value!r}: must be {wanted}")
         if isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, list):
@@ -112,11 +115,12 @@ def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip(" │╭╮╰╯─-") for line in box.getvalue().splitlines()]
-        parts = [
-            line for line in lines if line and not line.startswith(("For full helptext", "(default", "Argument h"))
-        ]
-        raise SystemExit(f"{where}{': '.join(parts[1:3])}; --help lists the flags") from None
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
+        rule = next((i for i, line in enumerate(lines) if i and line and set(line) <= {"─", "-"}), len(lines))
+        message = " ".join(line for line in lines[1:rule] if line)
+        close = [line.split()[0] for line in lines if line.startswith("--")] if "Unrecognized" in message else []
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise SystemExit(f"{where}{message}; {hint}--help lists the flags") from None
 
 
 def check_positive(args, *names: str) -> None:
@@ -124,6 +128,11 @@ def check_positive(args, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def available_cores() -> int:
@@ -186,6 +195,8 @@ def _read_file(files: list[str], i: int) -> bytes:
 def _read_row(table, column: str, i: int) -> bytes:
     value = table[i][column]
     value = value if isinstance(value, dict) else {"bytes": value}
+    if value.get("bytes") is None and not value.get("path"):
+        raise ValueError("an empty cell")
     return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
 
 
@@ -336,9 +347,8 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         else:
             opened = datasets.load_dataset(str(path) if local else data)
     except Exception as error:  # datasets raises whatever its readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "is the file whole?" if local else "check the id and the connection, or give a local folder"
-        raise SystemExit(f"--data {data}: cannot be opened ({reason}); {remedy}") from None
+        raise SystemExit(f"--data {data}: cannot be opened ({first_line(error)}); {remedy}") from None
     if isinstance(opened, datasets.DatasetDict):
         name = _pick_split(list(opened), role, split, data)
         if name is None:
@@ -353,6 +363,10 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
     if not image_column and not images:
         raise SystemExit(f"--data {data}: no image column; name it with --image-column: {', '.join(columns)}")
     image_column = image_column or images[0]
+    if image_column not in images and "binary" not in str(columns[image_column]):
+        raise SystemExit(
+            f"--image-column {image_column}: holds no images; {data} has the columns {', '.join(columns)}"
+        )
     named = [k for k, f in columns.items() if isinstance(f, datasets.ClassLabel)]
     named += [k for k in ("label", "labels", "fine_label") if k in columns]
     if label_column and label_column not in columns:
@@ -383,7 +397,7 @@ def _make_resident(source: Source, force: bool) -> Source:
         try:
             first = source.decode(i)
             break
-        except ValueError:
+        except (ValueError, OSError):
             continue
     else:
         raise SystemExit(f"--data {source.name}: the first {min(len(source), 10)} images cannot be read")
@@ -399,7 +413,7 @@ def _make_resident(source: Source, force: bool) -> Source:
             return
         try:
             image = source.decode(i)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             bad[i] = str(error)
             return
         if image.shape == first.shape:
@@ -492,21 +506,19 @@ class Batches:
         return self._order[1][start : start + share]
 
     def batch(self, step: int) -> Batch:
-        epoch, indices = self.epoch(step), self.indices(step)
-        views = []
+        epoch, indices, views = self.epoch(step), self.indices(step), []
         if self.resident:
             images = self._pixels[indices.to(self.device)]
-            heights = torch.full((len(indices),), images.shape[2])
-            widths = torch.full((len(indices),), images.shape[3])
-            for v, (recipe, size) in enumerate(self.views):
-                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
-                views.append(colour_batch(crop_batch(images, params, size, recipe), params, recipe))
+            heights, widths = (torch.full((len(indices),), side) for side in images.shape[2:])
         else:
             crops, heights, widths = self._streamed(step)
-            for v, (recipe, size) in enumerate(self.views):
-                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+        for v, (recipe, size) in enumerate(self.views):
+            params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+            if self.resident:
+                crop = crop_batch(images, params, size, recipe)
+            else:
                 crop = crops[v].to(self.device, non_blocking=True).float().div_(255)
-                views.append(colour_batch(crop, params, recipe))
+            views.append(colour_batch(crop, params, recipe))
         labels = self.source.labels
         return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
 
@@ -530,7 +542,7 @@ class Batches:
             if "worker" not in str(error):
                 raise
             raise SystemExit(
-                f"a data worker died ({str(error).splitlines()[0]}): too little memory or shared memory? "
+                f"a data worker died ({first_line(error)}): too little memory or shared memory? "
                 "Lower --num-workers (0 decodes in the main process); --resume continues from the last checkpoint"
             ) from None
         for i, why in bad:
@@ -661,12 +673,11 @@ def create_backbone(
     except (OSError, RuntimeError) as error:
         if not kwargs.get("pretrained"):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise SystemExit(
-            f"timm/{name}: the pretrained weights cannot be had ({reason}); check name and connection"
+            f"timm/{name}: the pretrained weights cannot be had ({first_line(error)}); check name and connection"
         ) from None
-    if num_classes == 0:  # what comes out: MobileNetV3 pools before its last convolution and calls that num_features
-        model.num_features = getattr(model, "head_hidden_size", model.num_features)
+    # what comes out without a classifier: MobileNetV3 pools before its last convolution and calls that num_features
+    model.num_features = getattr(model, "head_hidden_size", model.num_features)
     config = model.pretrained_cfg
     for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
         model.register_buffer(f"input_{key}", torch.tensor(value).view(-1, 1, 1), persistent=False)
