@@ -136,7 +136,10 @@ def test_a_file_without_an_architecture_name_is_recognised_by_its_keys(tmp_path)
 
 @pytest.fixture(scope="module")
 def small_official():
-    return {layout: official_content(layout, "resnet18")[0] for layout in ("simsiam", "moco_v2")}
+    """Files to damage, without the optimizer and most of the queue, which only take time to write."""
+    contents = {layout: official_content(layout, "resnet18")[0] for layout in ("simsiam", "moco_v2")}
+    contents["moco_v2"]["state_dict"]["module.queue"] = torch.zeros(128, 64)
+    return {layout: {**content, "optimizer": {}} for layout, content in contents.items()}
 
 
 DAMAGED = [
@@ -422,15 +425,18 @@ print("SAID" + json.dumps(said))
 """
 
 
-def run_together(environment: dict[str, str], **commands: list[str]) -> dict[str, subprocess.CompletedProcess]:
-    """Run Python with these arguments, all at once; results by name."""
-    env = {**os.environ, "PYTHONPATH": str(common.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    started = {name: subprocess.Popen([sys.executable, *words], **pipes) for name, words in commands.items()}
+def run_together(**commands: tuple[dict[str, str], list[str]]) -> dict[str, subprocess.CompletedProcess]:
+    """Start Python with each command's environment and arguments, all at once; results by name."""
+    always = {**os.environ, "PYTHONPATH": str(common.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = {
+        name: subprocess.Popen([sys.executable, *words], env={**always, **environment}, **pipes)
+        for name, (environment, words) in commands.items()
+    }
     done = {}
     for name, process in started.items():
         out, err = process.communicate(timeout=100)
-        done[name] = subprocess.CompletedProcess(commands[name], process.returncode, out, err)
+        done[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
         assert "Traceback" not in err, err
     return done
 
@@ -449,17 +455,17 @@ def session(tmp_path_factory):
     make_run(run, backbone)
     non_commercial_run(licensed)
     torch.save({"images": images(), "normalised": normalised(images())}, question)
-    student, nothing = [str(run), "tester/student"], "tester/nothing"
+    other, student, nothing = str(licensed), [str(licensed), "tester/student"], "tester/nothing"
     shared, version = {"licence": "apache-2.0", "accept_licence": True}, {"revision": "v9"}
     calls = [
-        ("push again", WRITE_TOKEN, "push", student, {}),
+        ("push, accepted", WRITE_TOKEN, "push", [other, "tester/licensed"], shared),
+        ("push again", WRITE_TOKEN, "push", [other, "tester/licensed"], shared),
         ("push, bad token", BAD_TOKEN, "push", student, {}),
         ("push, read token", READ_TOKEN, "push", student, {}),
         ("push, no token", "", "push", student, {}),
-        ("push to others", WRITE_TOKEN, "push", [str(run), "others/student"], {}),
-        ("push, bad name", WRITE_TOKEN, "push", [str(run), "not a name"], {}),
-        ("push, accepted", WRITE_TOKEN, "push", [str(licensed), "tester/licensed"], shared),
-        ("push, private", WRITE_TOKEN, "push", [str(run), "tester/secret"], {"private": True}),
+        ("push to others", WRITE_TOKEN, "push", [other, "others/student"], {}),
+        ("push, bad name", WRITE_TOKEN, "push", [other, "not a name"], {}),
+        ("push, private", WRITE_TOKEN, "push", [other, "tester/secret"], {"private": True}),
         ("pull, bad token", BAD_TOKEN, "pull", ["tester/student"], {}),
         ("pull, no repo", WRITE_TOKEN, "pull", [nothing], {}),
         ("pull, no revision", WRITE_TOKEN, "pull", ["tester/student"], version),
@@ -468,25 +474,34 @@ def session(tmp_path_factory):
         ("teacher, no repo", "", "load_teacher", [nothing], {}),
     ]
     down = [("push", WRITE_TOKEN, "push", student, {}), ("pull", "", "pull", [nothing], {})]
-    script = {name: folder / f"{name}.py" for name in ("consumer", "calls")}
-    script["consumer"].write_text(CONSUMER)
-    script["calls"].write_text(CALLS)
-    consume = [str(script["consumer"]), str(question)]
+    (folder / "consumer.py").write_text(CONSUMER)
+    (folder / "calls.py").write_text(CALLS)
+
+    def consume(answer: str) -> list[str]:
+        return [str(folder / "consumer.py"), str(question), str(folder / answer)]
+
+    def call(calls: list) -> list[str]:
+        return [str(folder / "calls.py"), json.dumps(calls)]
+
     with HubServer() as server:
-        online = server.environment(folder / "cache")
-        done = run_together(online, help=[HUB, "--help"], build=[HUB, "build", str(run)])
-        done |= run_together({**online, "HF_TOKEN": WRITE_TOKEN}, push=[HUB, "push", *student])
+        reader, writer = server.environment(folder / "cache"), server.environment(folder / "cache", WRITE_TOKEN)
+        done = run_together(
+            help=(reader, [HUB, "--help"]),
+            build=(reader, [HUB, "build", str(licensed)]),
+            push=(writer, [HUB, "push", str(run), "tester/student"]),
+        )
         pushed = dict(server.files("tester/student"))
-        pull = [HUB, "pull", "tester/student", "--to", str(folder / "pulled")]
-        done |= run_together(online, consumer=[*consume, str(folder / "online.pt")], pull=pull)
-        elsewhere = server.environment(folder / "another cache")
         done |= run_together(
-            elsewhere, calls=[str(script["calls"]), json.dumps(calls)], inspect=[HUB, "inspect", str(run)]
+            consumer=(reader, consume("online.pt")),
+            pull=(reader, [HUB, "pull", "tester/student", "--to", str(folder / "pulled")]),
+            inspect=(reader, [HUB, "inspect", str(licensed)]),
+            calls=(server.environment(folder / "empty cache"), call(calls)),
         )
         files = {repo: server.files(repo) for repo in server.repos}
-    offline = {**online, "HF_HUB_OFFLINE": "1"}
-    done |= run_together(offline, offline=[*consume, str(folder / "offline.pt")])
-    done |= run_together(server.environment(folder / "third cache"), down=[str(script["calls"]), json.dumps(down)])
+    done |= run_together(
+        offline=({**reader, "HF_HUB_OFFLINE": "1"}, consume("offline.pt")),
+        down=(server.environment(folder / "another empty cache"), call(down)),
+    )
     yield argparse.Namespace(
         done=done,
         folder=folder,
@@ -504,10 +519,10 @@ def test_every_command_of_hub_py_ends_well(session):
     assert {name: p.returncode for name, p in commands.items()} == dict.fromkeys(commands, 0)
     for word in ("build", "push", "pull", "inspect"):
         assert word in commands["help"].stdout
-    assert commands["build"].stdout.strip() == str(session.folder / "run" / "release")
+    assert commands["build"].stdout.strip() == str(session.folder / "licensed" / "release")
     assert commands["push"].stdout.strip().endswith("/tester/student")
     assert commands["pull"].stdout.strip() == str(session.folder / "pulled")
-    assert "resnet18_small" in commands["inspect"].stdout and "512" in commands["inspect"].stdout
+    assert "test_resnet" in commands["inspect"].stdout and "96" in commands["inspect"].stdout
 
 
 def test_push_uploads_the_release_and_pull_brings_it_back(session):
