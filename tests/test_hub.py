@@ -14,13 +14,13 @@ import pytest
 import timm
 import torch
 import torchvision
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import common
 import hub
 from tests.hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
-from trainers import simsiam, supervised
+from tests.tools import disturb_batch_norm, make_backbone, make_run, stop_message
+from trainers import supervised
 
 HUB = str(common.ROOT / "hub.py")
 
@@ -33,16 +33,6 @@ def normalised(x: Tensor) -> Tensor:
     """ImageNet's mean and deviation, applied as our backbones do."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (common.IMAGENET_MEAN, common.IMAGENET_STD))
     return (x - mean) / std
-
-
-def disturb_batch_norm(network: nn.Module) -> None:
-    """Running statistics as after some training: fresh ones would hide buffers that were never loaded."""
-    g = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.1, generator=g)
-            module.running_var.uniform_(0.5, 1.5, generator=g)
-            module.num_batches_tracked.fill_(7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,15 +144,6 @@ DAMAGED = [
 ]
 
 
-def stop_message(call, *args, **kwargs) -> str:
-    """The one line with which a call stops."""
-    with pytest.raises(SystemExit) as stop:
-        call(*args, **kwargs)
-    message = str(stop.value)
-    assert message and "\n" not in message and "Traceback" not in message
-    return message
-
-
 @pytest.mark.parametrize("layout, key", DAMAGED)
 def test_one_renamed_key_fails_by_its_name(small_official, tmp_path, layout, key):
     content = dict(small_official[layout])
@@ -259,21 +240,6 @@ def test_a_file_with_flags_and_numpy_numbers_beside_its_weights_loads(small_offi
 # ---------------------------------------------------------------------------------------------------------------------
 # Our own folders
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_run(folder: Path, backbone: nn.Module, trainer=simsiam, **flags) -> hub.Run:
-    """A run folder as a trainer leaves it behind after three steps, without the steps."""
-    args = trainer.Args(run_dir=folder, **{"image_size": 32, **flags})
-    run = hub.Run(args, trainer.__file__, Accelerator(cpu=True))
-    run.save(3, {"model": backbone}, backbone)
-    return run
-
-
-def make_backbone(name: str, **kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    backbone = common.create_backbone(name, **kwargs)
-    disturb_batch_norm(backbone)
-    return backbone.eval()
 
 
 NETWORKS = {"resnet18": 512, "resnet18_small": 512, "mobilenetv3_small_100": 1024, "efficientnet_b0": 1280}
