@@ -66,12 +66,12 @@ def parse_args(args_class: type, argv: Sequence[str] | None = None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
-    if given and argv[given[0]] == "--config" and given[0] + 1 == len(argv):
-        raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
     if given:
-        word = argv[given[0]]
-        path = Path(word.partition("=")[2] if "=" in word else argv[given[0] + 1])
-        return _parse(args_class, argv, args_class(**_read_config(args_class, path)))
+        at = given[0]
+        name = "".join(argv[at + 1 : at + 2]) if argv[at] == "--config" else argv[at].partition("=")[2]
+        if not name:
+            raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
+        return _parse(args_class, argv, args_class(**_read_config(args_class, Path(name))))
     args = _parse(args_class, argv, args_class())
     demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
     if getattr(args, "data", None) == "digits" and demo.exists():
@@ -116,18 +116,20 @@ def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
         if not stop.code:  # --help
             raise
         lines = [line.strip(" │") for line in box.getvalue().splitlines()]
-        rule = next((i for i, line in enumerate(lines) if i and line and set(line) <= {"─", "-"}), len(lines))
-        message = " ".join(line for line in lines[1:rule] if line)
-        close = [line.split()[0] for line in lines if line.startswith("--")] if "Unrecognized" in message else []
-        hint = f"did you mean {', '.join(close)}? " if close else ""
+        ruled = "\n".join("" if set(line) <= {"─", "-"} else line for line in lines[1:])
+        message = ruled.strip().split("\n\n")[0].replace("\n", " ")
+        close = [line.split()[0].rstrip(",") for line in lines if line.startswith("--")]
+        wrong = message.removeprefix("Unrecognized options: ").partition(",")[0]
+        close = difflib.get_close_matches(wrong, close, n=2, cutoff=0.4) if wrong.startswith("--") else []
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise SystemExit(f"{where}{message}; {hint}--help lists the flags") from None
 
 
-def check_positive(args, *names: str) -> None:
-    """Stop with one line if any of these flags is below 1."""
+def check_positive(args, *names: str, least: int = 1) -> None:
+    """Stop with one line if any of these flags, where the trainer has them, is below 1 or `least`."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if getattr(args, name, least) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
 
 
 def first_line(error: Exception) -> str:
@@ -195,9 +197,7 @@ def _read_file(files: list[str], i: int) -> bytes:
 def _read_row(table, column: str, i: int) -> bytes:
     value = table[i][column]
     value = value if isinstance(value, dict) else {"bytes": value}
-    if value.get("bytes") is None and not value.get("path"):
-        raise ValueError("an empty cell")
-    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    return value["bytes"] if value.get("bytes") is not None else Path(value.get("path") or "empty cell").read_bytes()
 
 
 def _row_name(data: str, i: int) -> str:
@@ -364,9 +364,7 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         raise SystemExit(f"--data {data}: no image column; name it with --image-column: {', '.join(columns)}")
     image_column = image_column or images[0]
     if image_column not in images and "binary" not in str(columns[image_column]):
-        raise SystemExit(
-            f"--image-column {image_column}: holds no images; {data} has the columns {', '.join(columns)}"
-        )
+        raise SystemExit(f"--image-column {image_column}: holds no images; {data} has {', '.join(columns)}")
     named = [k for k, f in columns.items() if isinstance(f, datasets.ClassLabel)]
     named += [k for k in ("label", "labels", "fine_label") if k in columns]
     if label_column and label_column not in columns:
@@ -386,7 +384,6 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
     raw = opened.select_columns([image_column])
     if isinstance(columns[image_column], datasets.Image):
         raw = raw.cast_column(image_column, datasets.Image(decode=False))
-
     read = partial(_read_row, raw, image_column)
     return Source(data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data))
 
@@ -414,7 +411,7 @@ def _make_resident(source: Source, force: bool) -> Source:
         try:
             image = source.decode(i)
         except (ValueError, OSError) as error:
-            bad[i] = str(error)
+            bad[i] = f"{source.where(i)}: {error}"
             return
         if image.shape == first.shape:
             pixels[i] = image
@@ -431,17 +428,15 @@ def _make_resident(source: Source, force: bool) -> Source:
     if not bad:
         return whole
     kept = whole.take([i for i in range(len(source)) if i not in bad])
-    kept.bad = {i: f"{source.where(i)}: {why}" for i, why in bad.items()}
+    kept.bad = bad
     return kept
 
 
 def check_bad(name: str, bad: dict, total: int) -> None:
     """More than 1 % unreadable images stop a run: then it is the data that is wrong, not a file."""
     if len(bad) > max(1, 0.01 * total):
-        example = next(iter(bad.values()))
-        raise SystemExit(
-            f"--data {name}: {len(bad)} of {total} images cannot be read (over 1 %), the first: {example}"
-        )
+        count, first = f"{len(bad)} of {total}", next(iter(bad.values()))
+        raise SystemExit(f"--data {name}: {count} images cannot be read (over 1 %); remove them: {first}, ...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -673,9 +668,7 @@ def create_backbone(
     except (OSError, RuntimeError) as error:
         if not kwargs.get("pretrained"):
             raise
-        raise SystemExit(
-            f"timm/{name}: the pretrained weights cannot be had ({first_line(error)}); check name and connection"
-        ) from None
+        raise SystemExit(f"timm/{name}: no pretrained weights ({first_line(error)}); check the connection") from None
     # what comes out without a classifier: MobileNetV3 pools before its last convolution and calls that num_features
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
     config = model.pretrained_cfg
@@ -733,15 +726,9 @@ class LARS(torch.optim.SGD):
 
 
 def create_optimizer(
-    name: Literal["sgd", "adamw", "lars"],
-    params,
-    lr: float,
-    *,
-    momentum: float,
-    weight_decay: float,
-    device: torch.device,
+    name: str, params, lr: float, *, momentum: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with momentum, AdamW (momentum is its first beta) or LARS over `params`, fused where the device can."""
+    """sgd with momentum, adamw (momentum is its first beta) or lars over `params`, fused where the device can."""
     fused = {"fused": True} if device.type == "cuda" else {}
     if name == "adamw":
         return torch.optim.AdamW(params, lr, betas=(momentum, 0.999), weight_decay=weight_decay, **fused)

@@ -59,13 +59,12 @@ class Run:
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
             )
         common.check_positive(args, "batch_size", "image_size", "save_every", "keep", "log_every")
+        common.check_positive(args, "num_workers", "bn_group_size", "total_steps", least=0)
         if args.batch_size % world:
             raise SystemExit(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
         used = self.same_everywhere(any(self.dir.glob("step_*")) or (self.dir / "metrics.jsonl").exists())
         if used and not args.resume:
-            raise SystemExit(
-                f"--run-dir {self.dir}: holds a run already; --resume continues it, or choose another folder"
-            )
+            raise SystemExit(f"--run-dir {self.dir}: holds a run already: --resume it, or choose another folder")
         if args.tracker != "none" and [t.value for t in accelerator.log_with] != [args.tracker]:
             raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
         if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
@@ -108,9 +107,7 @@ class Run:
             }
             (self.dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
         except OSError as error:
-            raise SystemExit(
-                f"--run-dir {self.dir}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
+            raise SystemExit(f"--run-dir {self.dir}: not writable ({error.strerror}); choose another folder") from None
 
     def same_everywhere(self, value):
         """The main process's value on every process: what is on disk may differ from one look to the next."""
@@ -144,6 +141,8 @@ class Run:
 
     def start(self, first_step: int, total_steps: int, data: common.Batches | None = None) -> range:
         """The steps to do; forgets logged steps that a resumed run does again, and states what runs where."""
+        if total_steps < 1:
+            raise SystemExit(f"--epochs {self.args.epochs}: must give at least one step; or set --total-steps")
         self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
         self._images, self._last_line = self.args.batch_size, 0.0
         if self.accelerator.is_main_process:
@@ -202,9 +201,7 @@ class Run:
                 with open(self.dir / "metrics.jsonl", "a") as f:
                     f.write(json.dumps({"step": step, **metrics, "images_per_s": round(rate, 1)}) + "\n")
             except OSError as error:
-                raise SystemExit(
-                    f"{self.dir}: the log cannot be written ({error.strerror}); free space, then --resume"
-                ) from None
+                raise SystemExit(f"{self.dir}: no log written ({error.strerror}); free space, then --resume") from None
             left = (self._total - step - 1) * seconds / done
             shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             if self._bar is not None:
@@ -247,7 +244,7 @@ class Run:
                         os.fsync(f.fileno())
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(beside, target)
-            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            except Exception as error:  # a full disk is an OSError, torch's RuntimeError or safetensors' own
                 shutil.rmtree(beside, ignore_errors=True)
                 raise SystemExit(
                     f"{target}: the checkpoint could not be written ({common.first_line(error)}); free space in {self.dir}, "
@@ -683,13 +680,19 @@ def build_release(run_dir: str | Path) -> Path:
             f"{run_dir}: no checkpoint to release; a run writes one every --save-every steps and at its end"
         )
     release, beside = run_dir / "release", run_dir / ".release"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        shutil.copy(newest / name, beside)
-    (beside / "README.md").write_text(_model_card(run_dir, newest))
-    shutil.rmtree(release, ignore_errors=True)
-    os.replace(beside, release)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(newest / name, beside)
+        (beside / "README.md").write_text(_model_card(run_dir, newest))
+        shutil.rmtree(release, ignore_errors=True)
+        os.replace(beside, release)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise SystemExit(
+            f"{release}: {error.strerror}; once it can be written: python hub.py build {run_dir}"
+        ) from None
     return release
 
 
@@ -775,10 +778,8 @@ def push(
     lines = card.read_text().splitlines() if card.exists() else ["---", "license: unknown", "---"]
     chain = next((line[9:] for line in lines if line.startswith("license:")), "unknown")
     if licence and licence != chain:
-        bound = any(mark in chain.lower() for mark in NON_COMMERCIAL) and not any(
-            m in licence.lower() for m in NON_COMMERCIAL
-        )
-        if bound and not accept_licence:
+        asked, bound = (any(mark in text.lower() for mark in NON_COMMERCIAL) for text in (licence, chain))
+        if bound and not asked and not accept_licence:
             raise SystemExit(
                 f"--licence {licence}: the teacher's weights ask for {chain}; --accept-licence takes it upon you"
             )

@@ -100,7 +100,7 @@ def lacks(message: str, parts: tuple[str, ...]) -> list[str]:
 
 FLAG_MISTAKES = {
     "an unknown flag": (["--learning-rate=3"], "--learning-rate", "--help"),
-    "a misspelt flag": (["--epoch", "3"], "--epoch", "did you mean --epochs?"),
+    "a misspelt flag": (["--epoch", "3"], "--epoch", "did you mean --epochs"),
     "a word for a number": (["--epochs", "many"], "--epochs", "many"),
     "a fraction for a count": (["--batch-size", "1.5"], "--batch-size", "1.5"),
     "an illegal choice": (["--optimizer", "lion"], "--optimizer", "'sgd', 'adamw'"),
@@ -182,11 +182,9 @@ def test_no_steps_to_do_is_named(train, trainer):
     assert "--epochs 0" in message and "--total-steps" in message
 
 
-@pytest.mark.parametrize("group_size", [3, -4, 16])
-def test_groups_that_do_not_fit_the_batch_are_named(train, group_size):
-    assert f"--group-size {group_size}: must divide --batch-size 8" in stop_message(
-        train, "smd", group_size=group_size
-    )
+@pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])
+def test_groups_that_do_not_fit_the_batch_are_named(train, group_size, must):
+    assert f"--group-size {group_size}: must {must}" in stop_message(train, "smd", group_size=group_size)
 
 
 def test_a_learning_rate_that_blows_up_is_named_as_the_likely_cause(train):
@@ -211,7 +209,7 @@ DATA_MISTAKES = {
     "a column of words for images": ("{parquet}", {"image_column": "caption"}, "--image-column caption", "picture"),
     "a column of numbers for images": ("{parquet}", {"image_column": "kind"}, "--image-column kind", "picture"),
     "a table without images": ("{numbers}", {}, "no image column", "--image-column", "kind"),
-    "a table without rows": ("{rowless}", {}, "no images"),
+    "a table without rows": ("{rowless}", {}, "rowless.parquet", "no data"),
     "a table that is cut off": ("{cut}", {}, "cannot be opened", "whole"),
     "more images than there are": ("{photos}", {"subset": "99"}, "--subset 99", "24 images"),
     "a share that is a word": ("{photos}", {"subset": "half"}, "--subset half", "10%"),
@@ -309,6 +307,17 @@ def test_an_image_that_vanishes_is_a_bad_one(train, tmp_path):
     gone.symlink_to(folder / "nowhere.png")
     train("supervised", data=folder)
     assert str(gone) in (tmp_path / "run" / "bad_images.txt").read_text()
+
+
+def test_an_empty_cell_of_a_table_is_a_bad_image(train, tmp_path):
+    file = write_parquet(tmp_path / "table", 101)
+    table = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+    table = table.cast_column("picture", datasets.Image(decode=False))
+    rows = table.to_list()
+    rows[30]["picture"] = None
+    datasets.Dataset.from_list(rows, features=table.features).to_parquet(str(file))
+    train("supervised", data=file)
+    assert f"{file} row 30: " in (tmp_path / "run" / "bad_images.txt").read_text()
 
 
 def test_images_of_several_sizes_are_streamed(train, tmp_path, capsys):
