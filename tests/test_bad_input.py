@@ -320,6 +320,17 @@ def test_an_empty_cell_of_a_table_is_a_bad_image(train, tmp_path):
     assert f"{file} row 30: " in (tmp_path / "run" / "bad_images.txt").read_text()
 
 
+def test_a_data_worker_that_dies_is_named_with_the_remedy(train, tmp_path, monkeypatch):
+    decode = common.decode_rgb
+
+    def die_in_a_worker(data: bytes) -> torch.Tensor:
+        return os._exit(1) if torch.utils.data.get_worker_info() else decode(data)
+
+    monkeypatch.setattr(common, "decode_rgb", die_in_a_worker)
+    message = stop_message(train, "simsiam", data=write_images(tmp_path / "large", side=100), num_workers=1)
+    assert "worker" in message and "--num-workers" in message and "--resume" in message
+
+
 def test_images_of_several_sizes_are_streamed(train, tmp_path, capsys):
     folder = write_images(tmp_path / "mixed", side=lambda i: 16 + i)
     train("simsiam", data=folder, total_steps=4)
