@@ -67,11 +67,12 @@ def parse_args(args_class: type, argv: Sequence[str] | None = None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
-    if given and argv[given[0]] == "--config" and given[0] + 1 == len(argv):
-        raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
     if given:
-        path = Path(argv[given[0]].partition("=")[2] or argv[given[0] + 1])
-        return _parse(args_class, argv, args_class(**_read_config(args_class, path)))
+        at = given[0]
+        name = "".join(argv[at + 1 : at + 2]) if argv[at] == "--config" else argv[at].partition("=")[2]
+        if not name:
+            raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
+        return _parse(args_class, argv, args_class(**_read_config(args_class, Path(name))))
     args = _parse(args_class, argv, args_class())
     demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
     if getattr(args, "data", None) == "digits" and demo.exists():
@@ -85,15 +86,17 @@ def _read_config(args_class: type, path: Path) -> dict:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise SystemExit(f"--config {path}: {error.strerror or error}; the shipped ones are in configs/") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not even text
         raise SystemExit(f"--config {path}: not valid TOML: {error}") from None
-    names = [f.name for f in dataclasses.fields(args_class)]
-    argv = []
+    defaults, argv = vars(args_class()), []
     for key, value in values.items():
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "the keys are the flags that --help lists"
             raise SystemExit(f"--config {path}: unknown key {key!r}; {hint}")
+        if isinstance(value, dict) or isinstance(value, bool) != isinstance(defaults[key], bool):
+            wanted = "true or false" if isinstance(defaults[key], bool) else "a number, a text or a list"
+            raise SystemExit(f"--config {path}: {key} = {value!r}: must be {wanted}")
         if isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, list):
@@ -113,18 +116,26 @@ def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip(" │╭╮╰╯─-") for line in box.getvalue().splitlines()]
-        parts = [
-            line for line in lines if line and not line.startswith(("For full helptext", "(default", "Argument h"))
-        ]
-        raise SystemExit(f"{where}{': '.join(parts[1:3])}; --help lists the flags") from None
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
+        ruled = "\n".join("" if set(line) <= {"─", "-"} else line for line in lines[1:])
+        message = ruled.strip().split("\n\n")[0].replace("\n", " ")
+        close = [line.split()[0].rstrip(",") for line in lines if line.startswith("--")]
+        wrong = message.removeprefix("Unrecognized options: ").partition(",")[0]
+        close = difflib.get_close_matches(wrong, close, n=2, cutoff=0.4) if wrong.startswith("--") else []
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise SystemExit(f"{where}{message}; {hint}--help lists the flags") from None
 
 
-def check_positive(args, *names: str) -> None:
-    """Stop with one line if any of these flags is below 1."""
+def check_positive(args, *names: str, least: int = 1) -> None:
+    """Stop with one line if any of these flags, where the trainer has them, is below 1 or `least`."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if getattr(args, name, least) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def available_cores() -> int:
@@ -187,7 +198,7 @@ def _read_file(files: list[str], i: int) -> bytes:
 def _read_row(table, column: str, i: int) -> bytes:
     value = table[i][column]
     value = value if isinstance(value, dict) else {"bytes": value}
-    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    return value["bytes"] if value.get("bytes") is not None else Path(value.get("path") or "empty cell").read_bytes()
 
 
 def _row_name(data: str, i: int) -> str:
@@ -337,9 +348,8 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         else:
             opened = datasets.load_dataset(str(path) if local else data)
     except Exception as error:  # datasets raises whatever its readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "is the file whole?" if local else "check the id and the connection, or give a local folder"
-        raise SystemExit(f"--data {data}: cannot be opened ({reason}); {remedy}") from None
+        raise SystemExit(f"--data {data}: cannot be opened ({first_line(error)}); {remedy}") from None
     if isinstance(opened, datasets.DatasetDict):
         name = _pick_split(list(opened), role, split, data)
         if name is None:
@@ -354,6 +364,8 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
     if not image_column and not images:
         raise SystemExit(f"--data {data}: no image column; name it with --image-column: {', '.join(columns)}")
     image_column = image_column or images[0]
+    if image_column not in images and "binary" not in str(columns[image_column]):
+        raise SystemExit(f"--image-column {image_column}: holds no images; {data} has {', '.join(columns)}")
     named = [k for k, f in columns.items() if isinstance(f, datasets.ClassLabel)]
     named += [k for k in ("label", "labels", "fine_label") if k in columns]
     if label_column and label_column not in columns:
@@ -373,7 +385,6 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
     raw = opened.select_columns([image_column])
     if isinstance(columns[image_column], datasets.Image):
         raw = raw.cast_column(image_column, datasets.Image(decode=False))
-
     read = partial(_read_row, raw, image_column)
     return Source(data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data))
 
@@ -384,7 +395,7 @@ def _make_resident(source: Source, force: bool) -> Source:
         try:
             first = source.decode(i)
             break
-        except ValueError:
+        except (ValueError, OSError):
             continue
     else:
         raise SystemExit(f"--data {source.name}: the first {min(len(source), 10)} images cannot be read")
@@ -400,8 +411,8 @@ def _make_resident(source: Source, force: bool) -> Source:
             return
         try:
             image = source.decode(i)
-        except ValueError as error:
-            bad[i] = str(error)
+        except (ValueError, OSError) as error:
+            bad[i] = f"{source.where(i)}: {error}"
             return
         if image.shape == first.shape:
             pixels[i] = image
@@ -418,17 +429,15 @@ def _make_resident(source: Source, force: bool) -> Source:
     if not bad:
         return whole
     kept = whole.take([i for i in range(len(source)) if i not in bad])
-    kept.bad = {i: f"{source.where(i)}: {why}" for i, why in bad.items()}
+    kept.bad = bad
     return kept
 
 
 def check_bad(name: str, bad: dict, total: int) -> None:
     """More than 1 % unreadable images stop a run: then it is the data that is wrong, not a file."""
     if len(bad) > max(1, 0.01 * total):
-        example = next(iter(bad.values()))
-        raise SystemExit(
-            f"--data {name}: {len(bad)} of {total} images cannot be read (over 1 %), the first: {example}"
-        )
+        count, first = f"{len(bad)} of {total}", next(iter(bad.values()))
+        raise SystemExit(f"--data {name}: {count} images cannot be read (over 1 %); remove them: {first}, ...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,21 +502,19 @@ class Batches:
         return self._order[1][start : start + share]
 
     def batch(self, step: int) -> Batch:
-        epoch, indices = self.epoch(step), self.indices(step)
-        views = []
+        epoch, indices, views = self.epoch(step), self.indices(step), []
         if self.resident:
             images = self._pixels[indices.to(self.device)]
-            heights = torch.full((len(indices),), images.shape[2])
-            widths = torch.full((len(indices),), images.shape[3])
-            for v, (recipe, size) in enumerate(self.views):
-                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
-                views.append(colour_batch(crop_batch(images, params, size, recipe), params, recipe))
+            heights, widths = (torch.full((len(indices),), side) for side in images.shape[2:])
         else:
             crops, heights, widths = self._streamed(step)
-            for v, (recipe, size) in enumerate(self.views):
-                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+        for v, (recipe, size) in enumerate(self.views):
+            params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+            if self.resident:
+                crop = crop_batch(images, params, size, recipe)
+            else:
                 crop = crops[v].to(self.device, non_blocking=True).float().div_(255)
-                views.append(colour_batch(crop, params, recipe))
+            views.append(colour_batch(crop, params, recipe))
         labels = self.source.labels
         return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
 
@@ -531,7 +538,7 @@ class Batches:
             if "worker" not in str(error):
                 raise
             raise SystemExit(
-                f"a data worker died ({str(error).splitlines()[0]}): too little memory or shared memory? "
+                f"a data worker died ({first_line(error)}): too little memory or shared memory? "
                 "Lower --num-workers (0 decodes in the main process); --resume continues from the last checkpoint"
             ) from None
         for i, why in bad:
@@ -662,12 +669,9 @@ def create_backbone(
     except (OSError, RuntimeError) as error:
         if not kwargs.get("pretrained"):
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(
-            f"timm/{name}: the pretrained weights cannot be had ({reason}); check name and connection"
-        ) from None
-    if num_classes == 0:  # what comes out: MobileNetV3 pools before its last convolution and calls that num_features
-        model.num_features = getattr(model, "head_hidden_size", model.num_features)
+        raise SystemExit(f"timm/{name}: no pretrained weights ({first_line(error)}); check the connection") from None
+    # what comes out without a classifier: MobileNetV3 pools before its last convolution and calls that num_features
+    model.num_features = getattr(model, "head_hidden_size", model.num_features)
     config = model.pretrained_cfg
     for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
         model.register_buffer(f"input_{key}", torch.tensor(value).view(-1, 1, 1), persistent=False)
@@ -723,15 +727,9 @@ class LARS(torch.optim.SGD):
 
 
 def create_optimizer(
-    name: Literal["sgd", "adamw", "lars"],
-    params,
-    lr: float,
-    *,
-    momentum: float,
-    weight_decay: float,
-    device: torch.device,
+    name: str, params, lr: float, *, momentum: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with momentum, AdamW (momentum is its first beta) or LARS over `params`, fused where the device can."""
+    """sgd with momentum, adamw (momentum is its first beta) or lars over `params`, fused where the device can."""
     fused = {"fused": True} if device.type == "cuda" else {}
     if name == "adamw":
         return torch.optim.AdamW(params, lr, betas=(momentum, 0.999), weight_decay=weight_decay, **fused)

@@ -58,19 +58,20 @@ class Run:
                 f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
             )
-        batch_size = getattr(args, "batch_size", world)
-        if batch_size < 1 or batch_size % world:
-            raise SystemExit(f"--batch-size {batch_size}: must be a positive multiple of the {world} processes")
+        positive = ("batch_size", "image_size", "save_every", "keep", "log_every")
+        common.check_positive(args, *(name for name in positive if hasattr(args, name)))
+        not_negative = ("num_workers", "bn_group_size", "total_steps")
+        common.check_positive(args, *(name for name in not_negative if hasattr(args, name)), least=0)
+        if args.batch_size % world:
+            raise SystemExit(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
         found = [name for name in ("step_*", "metrics.jsonl", "results.json") if any(self.dir.glob(name))]
         if self.same_everywhere(bool(found)) and not getattr(args, "resume", False):
-            remedy = "--resume continues it, or choose" if hasattr(args, "resume") else "choose"
-            raise SystemExit(f"--run-dir {self.dir}: holds a run already; {remedy} another folder")
-        if args.tracker != "none" and [t.name for t in accelerator.log_with] != [args.tracker]:
+            remedy = "--resume it, or choose" if hasattr(args, "resume") else "choose"
+            raise SystemExit(f"--run-dir {self.dir}: holds a run already: {remedy} another folder")
+        if args.tracker != "none" and [t.value for t in accelerator.log_with] != [args.tracker]:
             raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
         if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-            torch.set_num_threads(
-                common.available_cores()
-            )  # `accelerate launch` leaves a CPU run with a single thread
+            torch.set_num_threads(common.available_cores())  # `accelerate launch` leaves a CPU run a single thread
         set_seed(args.seed, device_specific=False)
         self._stop_group = dist.new_group(backend="gloo") if world > 1 else None  # asks without a wait for the GPU
         self._signal = 0
@@ -109,9 +110,7 @@ class Run:
             }
             (self.dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
         except OSError as error:
-            raise SystemExit(
-                f"--run-dir {self.dir}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
+            raise SystemExit(f"--run-dir {self.dir}: not writable ({error.strerror}); choose another folder") from None
 
     def same_everywhere(self, value):
         """The main process's value on every process: what is on disk may differ from one look to the next."""
@@ -145,6 +144,8 @@ class Run:
 
     def start(self, first_step: int, total_steps: int, data: common.Batches | None = None) -> range:
         """The steps to do; forgets logged steps that a resumed run does again, and states what runs where."""
+        if total_steps < 1:
+            raise SystemExit(f"--epochs {self.args.epochs}: must give at least one step; or set --total-steps")
         self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
         self._images, self._last_line = self.args.batch_size, 0.0
         if self.accelerator.is_main_process:
@@ -199,8 +200,11 @@ class Run:
         if self.accelerator.is_main_process:
             done, seconds = step + 1 - self._first_step, time.perf_counter() - self._start
             rate = done * self._images / seconds
-            with open(self.dir / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, **metrics, "images_per_s": round(rate, 1)}) + "\n")
+            try:
+                with open(self.dir / "metrics.jsonl", "a") as f:
+                    f.write(json.dumps({"step": step, **metrics, "images_per_s": round(rate, 1)}) + "\n")
+            except OSError as error:
+                raise SystemExit(f"{self.dir}: no log written ({error.strerror}); free space, then --resume") from None
             left = (self._total - step - 1) * seconds / done
             shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             if self._bar is not None:
@@ -245,12 +249,11 @@ class Run:
                         os.fsync(f.fileno())
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(beside, target)
-            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            except Exception as error:  # a full disk is an OSError, torch's RuntimeError or safetensors' own
                 shutil.rmtree(beside, ignore_errors=True)
-                reason = str(error).splitlines()[0]
                 raise SystemExit(
-                    f"{target}: the checkpoint could not be written ({reason}); free space in {self.dir}, then --resume "
-                    "continues from the checkpoint before"
+                    f"{target}: the checkpoint could not be written ({common.first_line(error)}); free space in {self.dir}, "
+                    "then --resume continues from the checkpoint before"
                 ) from None
             for old in checkpoints(self.dir)[self.args.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -268,7 +271,7 @@ class Run:
             try:
                 saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged archive raises whatever its reader meets first
-                problem = f"{folder.name} is not whole ({str(error).splitlines()[0]})"
+                problem = f"{folder.name} is not whole ({common.first_line(error)})"
                 self.say(f"{problem}: trying the one before")
                 continue
             step = saved["step"]
@@ -339,10 +342,11 @@ class Run:
                 self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
         if self.accelerator.is_main_process and trained:
             build_release(self.dir)
-            load = "import common, timm" if "_small" in (release / "config.json").read_text() else "import timm"
-            self.say(
-                f'\nrelease: {release}\n\n  {load}\n  model = timm.create_model("local-dir:{release}", pretrained=True)'
-            )
+            config = _read_json(release / "config.json")
+            load = "import common, timm" if config["architecture"].endswith("_small") else "import timm"
+            without = ", num_classes=0" if config["num_classes"] else ""
+            self.say(f"\nrelease: {release}\n\n  {load}")
+            self.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
             self.say("  features = model.eval()(images)  # (B, 3, H, W), normalised as config.json says\n")
             if repo := getattr(self.args, "push_to_hub", None):
                 try:
@@ -487,7 +491,11 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
         return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
     hub_id = spec.removeprefix("hf-hub:")
     if hub_id.count("/") == 1 and not path.suffix and not spec.startswith((".", "/", "~")):
-        return _load_folder(pull(hub_id), num_classes, {"source": f"hf-hub:{hub_id}"})
+        try:
+            folder = pull(hub_id)
+        except SystemExit as error:  # a mistyped path looks like org/name
+            raise SystemExit(f"--teacher {spec}: no such file or folder here, and from the Hub: {error}") from None
+        return _load_folder(folder, num_classes, {"source": f"hf-hub:{hub_id}"})
     raise SystemExit(f"--teacher {spec}: no such file, folder or name; {HOW_TO_GET_A_TEACHER}")
 
 
@@ -503,13 +511,16 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
         raise SystemExit(
             f"--teacher {path}: neither config.json + model.safetensors nor a run with a checkpoint in it"
         )
-    config = json.loads((folder / "config.json").read_text())
-    cfg = config.get("pretrained_cfg", config)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        cfg, architecture = config.get("pretrained_cfg", config), config["architecture"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SystemExit(f"--teacher {folder / 'config.json'}: not a timm model's ({error}); fetch it again") from None
     own = config.get("num_classes", cfg.get("num_classes", 0)) or 0
     if num_classes and own != num_classes:
         raise SystemExit(f"--teacher {path}: has a classifier of {own} classes, the data has {num_classes}")
     backbone = common.create_backbone(
-        config["architecture"], num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
+        architecture, num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
     )
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -524,15 +535,13 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     load_strictly(backbone, state, str(folder))
     card = folder / "README.md"
     licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip
-    return Teacher(
-        backbone, {**facts, "architecture": config["architecture"], "format": "release", "licence": licence}
-    )
+    return Teacher(backbone, {**facts, "architecture": architecture, "format": "release", "licence": licence})
 
 
 def _load_foreign(path: Path, facts: dict) -> Teacher:
     """An authors' file, recognised by its keys (golden/NOTES_ssl.md section 13 lists the layouts)."""
     content = read_foreign(path)
-    state = content.get("state_dict", content.get("model", content))
+    state = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
     if not state:
         raise SystemExit(f"{path}: holds no tensors; {HOW_TO_GET_A_TEACHER}")
@@ -547,7 +556,7 @@ def _load_foreign(path: Path, facts: dict) -> Teacher:
         raise SystemExit(f"{path}: its architecture {architecture or '(none named)'} is none that timm knows")
     backbone = common.create_backbone(architecture, mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
     load_strictly(backbone, backbone_state, str(path), strays)
-    head = _build_head({k[len(head_prefix) :]: v for k, v in head_state.items()})
+    head = _build_head(head_state, head_prefix.rstrip("."), backbone.num_features, str(path))
     return Teacher(backbone, {**facts, "architecture": architecture, "format": name}, head)
 
 
@@ -569,8 +578,8 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays
         if keys
     ]
     if found:
-        architecture = model.pretrained_cfg["architecture"]
-        raise SystemExit(f"{where}: does not fit {architecture}: {'; '.join(found)}")
+        what = model.pretrained_cfg["architecture"] if hasattr(model, "pretrained_cfg") else "a projection head"
+        raise SystemExit(f"{where}: does not fit {what}: {'; '.join(found)}")
     model.load_state_dict(state)
 
 
@@ -584,23 +593,26 @@ def _resnet_name(state: dict[str, Tensor]) -> str:
     return f"resnet{number}{'_small' if small else ''}" if number else ""
 
 
-def _build_head(state: dict[str, Tensor]) -> nn.Module | None:
-    """The projection head that a file's own indices describe: Linear and BatchNorm1d, ReLU where an index is skipped."""
+def _build_head(state: dict[str, Tensor], name: str, width: int, where: str) -> nn.Module | None:
+    """The projection head on `width` features that a file's own keys describe, strictly loaded; None without keys.
+
+    `name`.weight is one Linear; `name`.<index>.weight a chain of Linear and BatchNorm1d, ReLU where an index is skipped.
+    """
     if not state:
         return None
-    if set(state) <= {"weight", "bias"}:
-        head: nn.Module = nn.Linear(state["weight"].shape[1], state["weight"].shape[0], bias="bias" in state)
+    layers: dict[int, nn.Module] = {}
+    for i in sorted({int(part) for k in state if (part := k.split(".")[1]).isdigit()}):
+        key, biased = f"{name}.{i}.weight", f"{name}.{i}.bias" in state
+        if f"{name}.{i}.running_mean" in state:
+            layers[i] = nn.BatchNorm1d(width, affine=key in state)
+        else:
+            layers[i] = nn.Linear(width, len(state[key]) if key in state else width, bias=biased)
+            width = layers[i].out_features
+    if layers:
+        head: nn.Module = nn.Sequential(*(layers.get(i, nn.ReLU()) for i in range(max(layers) + 1)))
     else:
-        last = max(int(k.split(".")[0]) for k in state)
-        layers: list[nn.Module] = [nn.ReLU() for _ in range(last + 1)]
-        for i in {int(k.split(".")[0]) for k in state}:
-            weight = state.get(f"{i}.weight")
-            if f"{i}.running_mean" in state:
-                layers[i] = nn.BatchNorm1d(len(state[f"{i}.running_mean"]), affine=weight is not None)
-            else:
-                layers[i] = nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state)
-        head = nn.Sequential(*layers)
-    head.load_state_dict(state)
+        head = nn.Linear(width, len(state.get(f"{name}.weight", [0])), bias=f"{name}.bias" in state)
+    load_strictly(nn.ModuleDict({name: head}), state, where)
     return head
 
 
@@ -614,22 +626,21 @@ def _numpy_globals() -> list:
 
 def read_foreign(path: Path) -> dict:
     """A .pth/.pt file of somebody else's, opened without running what it may contain. Raises SystemExit if refused."""
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
     allowed = [argparse.Namespace, collections.defaultdict, dict, list, pathlib.PosixPath, *_numpy_globals()]
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # a damaged file raises whatever its reader meets first
         text = str(error)
-        if "weights_only" in text or "Unsupported" in text or "blocked" in text:
-            name = next((w for w in text.replace("`", " ").split() if w.startswith("GLOBAL")), "")
-            after = text.split("GLOBAL ", 1)[1].split()[0] if "GLOBAL " in text else name
+        if "GLOBAL " in text:
             raise SystemExit(
-                f"{path}: refused, loading it would run code ({after or 'a pickled object'}). If you trust it, convert it "
-                "once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+                f"{path}: refused, loading it would run code ({text.split('GLOBAL ', 1)[1].split()[0]}). If you trust it, "
+                "convert it once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
             ) from None
-        raise SystemExit(f"{path}: not a whole torch checkpoint ({text.splitlines()[0]}); fetch it again") from None
+        reason = "no torch file" if "Unsupported operand" in text else common.first_line(error).split(". ")[0]
+        raise SystemExit(f"{path}: not a whole checkpoint of torch's format ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise SystemExit(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -684,13 +695,19 @@ def build_release(run_dir: str | Path) -> Path:
             f"{run_dir}: no checkpoint to release; a run writes one every --save-every steps and at its end"
         )
     release, beside = run_dir / "release", run_dir / ".release"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        shutil.copy(newest / name, beside)
-    (beside / "README.md").write_text(_model_card(run_dir, newest))
-    shutil.rmtree(release, ignore_errors=True)
-    os.replace(beside, release)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(newest / name, beside)
+        (beside / "README.md").write_text(_model_card(run_dir, newest))
+        shutil.rmtree(release, ignore_errors=True)
+        os.replace(beside, release)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise SystemExit(
+            f"{release}: {error.strerror}; once it can be written: python hub.py build {run_dir}"
+        ) from None
     return release
 
 
@@ -719,6 +736,7 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
     }
     size, feature = cfg["input_size"][-1], config["num_features"]
     own = "import common  # registers this architecture; clone cleandistill first\n" if config["architecture"].endswith("_small") else ""  # fmt: skip
+    without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
     rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
     return f"""---
 license: {licence}
@@ -731,7 +749,7 @@ Trained with [cleandistill](https://github.com/cleandistill/cleandistill) ({fact
 
 ```python
 {own}import timm
-model = timm.create_model("hf-hub:ORG/NAME", pretrained=True)  # or "local-dir:this/folder"
+model = timm.create_model("hf-hub:ORG/NAME", pretrained=True{without})  # or "local-dir:this/folder"
 features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {cfg["mean"]}, std {cfg["std"]}; {feature}-d
 ```
 
@@ -775,10 +793,8 @@ def push(
     lines = card.read_text().splitlines() if card.exists() else ["---", "license: unknown", "---"]
     chain = next((line[9:] for line in lines if line.startswith("license:")), "unknown")
     if licence and licence != chain:
-        bound = any(mark in chain.lower() for mark in NON_COMMERCIAL) and not any(
-            m in licence.lower() for m in NON_COMMERCIAL
-        )
-        if bound and not accept_licence:
+        asked, bound = (any(mark in text.lower() for mark in NON_COMMERCIAL) for text in (licence, chain))
+        if bound and not asked and not accept_licence:
             raise SystemExit(
                 f"--licence {licence}: the teacher's weights ask for {chain}; --accept-licence takes it upon you"
             )
@@ -790,19 +806,18 @@ def push(
         api.create_repo(repo_id, exist_ok=True, private=private or None)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="cleandistill release")
         return f"{api.endpoint}/{repo_id}"
-    except (OSError, ValueError) as error:  # the client's HTTP errors are OSErrors, bad names ValueErrors
+    except Exception as error:  # the Hub client's own, those of its HTTP library (it changed that), the system's
         raise SystemExit(_hub_problem("push", repo_id, error)) from None
 
 
 def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
     """A release's folder from the Hub (or its local cache): config.json, model.safetensors, README.md."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     files = ["config.json", "model.safetensors", "README.md"]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except Exception as error:
         raise SystemExit(_hub_problem("pull", repo_id, error)) from None
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
         raise SystemExit(
@@ -813,16 +828,17 @@ def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | N
 
 def _hub_problem(verb: str, repo_id: str, error: Exception) -> str:
     """One line for what the Hub's client raised: its kind decides the remedy."""
-    kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+    kind, reason = type(error).__name__, common.first_line(error)
     code = getattr(getattr(error, "response", None), "status_code", None)
+    right = " with a token that may write there" if verb == "push" else ""
     if kind == "RevisionNotFoundError":
         remedy = "there is no such revision"
-    elif code in (401, 403) or "token" in reason.lower() or "Unauthorized" in reason:
-        remedy = (
-            "log in with a token that may write there: hf auth login" if verb == "push" else "log in: hf auth login"
-        )
-    elif kind in ("RepositoryNotFoundError", "HFValidationError") or code == 404:
-        remedy = "check the name (org/name)"
+    elif kind == "RepositoryNotFoundError":
+        remedy = "check the name (org/name); if it is private, log in: hf auth login"
+    elif kind == "HFValidationError":
+        remedy = "the name must be org/name"
+    elif code in (401, 403) or "token" in reason.lower():
+        remedy = f"log in{right}: hf auth login"
     else:
         remedy = "check the connection and try again"
     return f"{verb} {repo_id}: {kind}: {reason}; {remedy}"

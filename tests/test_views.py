@@ -2,7 +2,6 @@
 
 from dataclasses import fields, replace
 
-import trainers.shared.views as views
 import pytest
 import torch
 from scipy.stats import ks_2samp
@@ -10,6 +9,8 @@ from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
+
+import trainers.shared.views as views
 
 torch.set_num_threads(1)
 MANY = 6000
