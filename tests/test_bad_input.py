@@ -14,10 +14,10 @@ import pytest
 import safetensors
 import torch
 from PIL import Image
+from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from tests.tools import make_backbone, make_run, stop_message
 from trainers import simsiam, smd, supervised
 
 TRAINERS = {"smd": smd, "simsiam": simsiam, "supervised": supervised}

@@ -14,12 +14,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
+from tools import disturb_batch_norm, make_backbone, make_run, stop_message
 from torch import Tensor, nn
 
 import common
 import hub
-from tests.hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
-from tests.tools import disturb_batch_norm, make_backbone, make_run, stop_message
 from trainers import supervised
 
 HUB = str(common.ROOT / "hub.py")
@@ -358,7 +358,7 @@ def test_a_card_names_no_path_of_the_training_machine(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18_small", "mobilenetv3_small_100"])
 def test_only_an_architecture_of_ours_asks_for_our_code(tmp_path, capsys, name):
-    make_run(tmp_path / "run", make_backbone(name)).finish(None, {})
+    hub.finish(make_run(tmp_path / "run", make_backbone(name)), None, {})
     card = (tmp_path / "run" / "release" / "README.md").read_text()
     ours = name == "resnet18_small"
     assert ("import common" in card) is ours
@@ -552,7 +552,7 @@ def test_a_hub_that_is_down_is_one_line_with_the_remedy(session, verb):
 def test_a_failed_upload_loses_no_run_and_names_the_command_to_retry(tmp_path, capsys):
     run = make_run(tmp_path / "run", make_backbone("test_resnet"))
     run.args = dataclasses.replace(run.args, push_to_hub="tester/student")
-    release = run.finish(None, {"knn trained": 50.0})  # HF_HUB_OFFLINE is set: no upload can succeed
+    release = hub.finish(run, None, {"knn trained": 50.0})  # HF_HUB_OFFLINE is set: no upload can succeed
     said = capsys.readouterr().out
     assert "push tester/student" in said and "the run is whole" in said
     assert f"python hub.py push {tmp_path / 'run'} tester/student" in said
