@@ -19,6 +19,7 @@ from tools import make_backbone, make_run, stop_message
 import common
 import hub
 from trainers import simsiam, smd, supervised
+from trainers.shared import sources
 
 TRAINERS = {"smd": smd, "simsiam": simsiam, "supervised": supervised}
 NETWORK = {"smd": "--student", "simsiam": "--backbone", "supervised": "--backbone"}
@@ -321,12 +322,12 @@ def test_an_empty_cell_of_a_table_is_a_bad_image(train, tmp_path):
 
 
 def test_a_data_worker_that_dies_is_named_with_the_remedy(train, tmp_path, monkeypatch):
-    decode = common.decode_rgb
+    decode = sources.decode_rgb
 
     def die_in_a_worker(data: bytes) -> torch.Tensor:
         return os._exit(1) if torch.utils.data.get_worker_info() else decode(data)
 
-    monkeypatch.setattr(common, "decode_rgb", die_in_a_worker)
+    monkeypatch.setattr(sources, "decode_rgb", die_in_a_worker)
     message = stop_message(train, "simsiam", data=write_images(tmp_path / "large", side=100), num_workers=1)
     assert "worker" in message and "--num-workers" in message and "--resume" in message
 
