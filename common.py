@@ -16,27 +16,31 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 
-# Chapters of this file that would make it too long to read: the random views, our own networks, labelled evaluation.
-from trainers.shared.evaluation import labelled_pair
+# Chapters that would make this file too long to read: our own networks, where images come from, the random views.
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
+from trainers.shared.sources import (
+    RESIDENT_PX,
+    Source,
+    available_cores,
+    check_bad,
+    decode_rgb,
+    first_line,
+    labelled_pair,
+    open_source,
+)
 from trainers.shared.views import (
     CIFAR,
     DIGITS,
@@ -67,11 +71,12 @@ def parse_args(args_class: type, argv: Sequence[str] | None = None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
-    if given and argv[given[0]] == "--config" and given[0] + 1 == len(argv):
-        raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
     if given:
-        path = Path(argv[given[0]].partition("=")[2] or argv[given[0] + 1])
-        return _parse(args_class, argv, args_class(**_read_config(args_class, path)))
+        at = given[0]
+        name = "".join(argv[at + 1 : at + 2]) if argv[at] == "--config" else argv[at].partition("=")[2]
+        if not name:
+            raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
+        return _parse(args_class, argv, args_class(**_read_config(args_class, Path(name))))
     args = _parse(args_class, argv, args_class())
     demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
     if getattr(args, "data", None) == "digits" and demo.exists():
@@ -85,15 +90,17 @@ def _read_config(args_class: type, path: Path) -> dict:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise SystemExit(f"--config {path}: {error.strerror or error}; the shipped ones are in configs/") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not even text
         raise SystemExit(f"--config {path}: not valid TOML: {error}") from None
-    names = [f.name for f in dataclasses.fields(args_class)]
-    argv = []
+    defaults, argv = vars(args_class()), []
     for key, value in values.items():
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "the keys are the flags that --help lists"
             raise SystemExit(f"--config {path}: unknown key {key!r}; {hint}")
+        if isinstance(value, dict) or isinstance(value, bool) != isinstance(defaults[key], bool):
+            wanted = "true or false" if isinstance(defaults[key], bool) else "a number, a text or a list"
+            raise SystemExit(f"--config {path}: {key} = {value!r}: must be {wanted}")
         if isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, list):
@@ -113,321 +120,21 @@ def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip(" │╭╮╰╯─-") for line in box.getvalue().splitlines()]
-        parts = [
-            line for line in lines if line and not line.startswith(("For full helptext", "(default", "Argument h"))
-        ]
-        raise SystemExit(f"{where}{': '.join(parts[1:3])}; --help lists the flags") from None
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
+        ruled = "\n".join("" if set(line) <= {"─", "-"} else line for line in lines[1:])
+        message = ruled.strip().split("\n\n")[0].replace("\n", " ")
+        close = [line.split()[0].rstrip(",") for line in lines if line.startswith("--")]
+        wrong = message.removeprefix("Unrecognized options: ").partition(",")[0]
+        close = difflib.get_close_matches(wrong, close, n=2, cutoff=0.4) if wrong.startswith("--") else []
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise SystemExit(f"{where}{message}; {hint}--help lists the flags") from None
 
 
-def check_positive(args, *names: str) -> None:
-    """Stop with one line if any of these flags is below 1."""
+def check_positive(args, *names: str, least: int = 1) -> None:
+    """Stop with one line if any of these flags, where the trainer has them, is below 1 or `least`."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sources
-# ---------------------------------------------------------------------------------------------------------------------
-
-RESIDENT_PX = 96  # images up to this side are decoded once and kept in memory
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SPLITS = {"train": ("train", "training"), "eval": ("validation", "val", "valid", "test", "testing")}
-
-
-@dataclass
-class Source:
-    """Images and perhaps labels. `pixels` (N, 3, H, W) uint8 if resident, else `read(i)` gives image i's encoded bytes."""
-
-    name: str
-    size: int
-    read: Callable[[int], bytes] | None = None
-    pixels: Tensor | None = None
-    labels: Tensor | None = None
-    classes: Sequence[str] = ()
-    bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable images: index -> why
-    where: Callable[[int], str] = str  # an image's file or row, for messages
-
-    def __len__(self) -> int:
-        return self.size
-
-    def take(self, keep: Sequence[int]) -> "Source":
-        """The images of these indices, in this order."""
-        index = torch.as_tensor(keep, dtype=torch.long)
-        rows = index.tolist()
-        return dataclasses.replace(
-            self,
-            size=len(rows),
-            read=None if self.read is None else partial(_nth, self.read, rows),
-            pixels=None if self.pixels is None else self.pixels[index],
-            labels=None if self.labels is None else self.labels[index],
-            bad={},
-            where=partial(_nth, self.where, rows),
-        )
-
-    def decode(self, i: int) -> Tensor:
-        """Image i as (3, H, W) uint8 RGB; raises ValueError if it is not an image."""
-        return self.pixels[i] if self.pixels is not None else decode_rgb(self.read(i))
-
-
-# Module-level functions and `partial`, not lambdas: where workers are spawned and not forked they must pickle.
-def _nth(f: Callable, rows: list[int], i: int):
-    return f(rows[i])
-
-
-def _read_file(files: list[str], i: int) -> bytes:
-    return Path(files[i]).read_bytes()
-
-
-def _read_row(table, column: str, i: int) -> bytes:
-    value = table[i][column]
-    value = value if isinstance(value, dict) else {"bytes": value}
-    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-
-
-def _row_name(data: str, i: int) -> str:
-    return f"{data} row {i}"
-
-
-def decode_rgb(data: bytes) -> Tensor:
-    """Encoded image -> (3, H, W) uint8 RGB; raises ValueError for anything that is not a whole image."""
-    try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError):  # formats that torchvision lacks: BMP, TIFF, CMYK JPEG, ...
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        except Exception as error:  # PIL raises a dozen kinds, struct.error and SyntaxError among them
-            raise ValueError(f"{len(data)} bytes that are no whole image ({error})") from None
-
-
-def open_source(
-    data: str,
-    role: Literal["train", "eval"] = "train",
-    *,
-    split: str = "",
-    image_column: str = "",
-    label_column: str = "",
-    subset: str = "",
-    seed: int = 0,
-    resident: bool | None = None,
-) -> Source | None:
-    """Open `--data`: "digits", an image folder, a parquet file, any `datasets` layout, or a Hugging Face dataset id.
-
-    `role` chooses the split where `split` names none; "eval" gives None where there is no second split. `subset` is a
-    count ("5000") or a share ("10%") drawn once from `seed`. Small images are decoded into memory unless
-    `resident=False`. Raises SystemExit with the remedy if there are no images, no such split or no such column.
-    """
-    path = Path(data).expanduser()
-    if data == "digits":
-        source = _digits(_pick_split(("train", "test"), role, split, data))
-    elif path.is_dir() and not _has_tables(path):
-        source = _open_folder(path, role, split)
-    else:
-        source = _open_dataset(data, path, role, split, image_column, label_column)
-    if source is None:
-        return None
-    if subset and role == "train":
-        source = source.take(_subset(len(source), subset, seed))
-    return source if resident is False or source.pixels is not None else _make_resident(source, force=bool(resident))
-
-
-def _subset(n: int, subset: str, seed: int) -> list[int]:
-    try:
-        count = round(n * float(subset[:-1]) / 100) if subset.endswith("%") else int(subset)
-    except ValueError:
-        raise SystemExit(f'--subset {subset}: give a number of images ("5000") or a share ("10%")') from None
-    if not 1 <= count <= n:
-        raise SystemExit(f"--subset {subset}: asks for {count} of {n} images")
-    return sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist())
-
-
-def _digits(split: str) -> Source:
-    """scikit-learn's 8x8 digits, drawn as (N, 3, 32, 32) in random colours on random grounds, shifted, turned, scaled.
-
-    1,437 digits drawn 4 times to train on, the other 360 once to test; the same pixels on every machine.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8)
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    chosen = order[:1437].repeat(4) if split == "train" else order[1437:]
-    g = torch.Generator().manual_seed(1 if split == "train" else 2)
-    n = len(chosen)
-    angle = (torch.rand(n, generator=g) - 0.5) * (math.pi / 7.5)  # up to 12 degrees either way
-    scale = 1.0 + 0.6 * torch.rand(n, generator=g)  # the digit takes 60 to 100 % of the side
-    shift = (torch.rand(n, 2, generator=g) - 0.5) * 0.4
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(n, 2, 2)
-    grid = F.affine_grid(torch.cat([turn * scale.view(n, 1, 1), shift.unsqueeze(2)], 2), [n, 1, 32, 32], False)
-    ink = F.grid_sample(images[chosen], grid, align_corners=False)
-    ground, colour = torch.rand(2, n, 3, 1, 1, generator=g)
-    light = ground.mean(dim=1, keepdim=True)
-    close = (colour.mean(dim=1, keepdim=True) - light).abs() < 0.25  # unreadable in grey: darken or brighten the ink
-    colour = torch.where(close, torch.where(light > 0.5, 0.2 * colour, 1 - 0.2 * (1 - colour)), colour)
-    noise = 0.04 * torch.randn(n, 3, 32, 32, generator=g)
-    pixels = (ground + ink * (colour - ground) + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Source("digits", n, pixels=pixels, labels=labels[chosen], classes=[str(i) for i in range(10)])
-
-
-def _has_tables(path: Path) -> bool:
-    """Whether a folder is a `datasets` layout (parquet, arrow, csv, json) and not a plain tree of image files."""
-    tables = {".parquet", ".arrow", ".csv", ".json", ".jsonl"}
-    return any(f.suffix in tables for pattern in ("*", "data/*", "*/*.parquet") for f in path.glob(pattern))
-
-
-def _pick_split(names: Sequence[str], role: str, split: str, data: str) -> str | None:
-    """The split to open: the one asked for, else the usual names; a single split serves training only."""
-    if split:
-        if split not in names:
-            flag = "--split" if role == "train" else "--query-split"
-            raise SystemExit(f"{flag} {split}: {data} has {', '.join(names) or 'no splits'}")
-        return split
-    found = [name for wanted in SPLITS[role] for name in names if name == wanted]
-    if not found and role == "train" and len(names) > 1:
-        raise SystemExit(f"--data {data}: no split is called train; choose one with --split: {', '.join(names)}")
-    return found[0] if found else names[0] if role == "train" else None
-
-
-def _open_folder(path: Path, role: str, split: str) -> Source | None:
-    """A tree of image files: train/ and val/ below it are splits, the folders below those are classes."""
-    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    named = [name for name in folders if name == split or name in SPLITS["train"] + SPLITS["eval"]]
-    if named or split:
-        chosen = _pick_split(named or folders, role, split, str(path))
-        if chosen is None:
-            return None
-        path = path / chosen
-    elif role == "eval":
-        return None
-    files = sorted(os.path.join(d, f) for d, _, fs in os.walk(path, followlinks=True) for f in fs)
-    files = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise SystemExit(f"--data {path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder or below it")
-    parts = [os.path.relpath(f, path).split(os.sep) for f in files]
-    labels, classes = None, []
-    if all(len(p) > 1 for p in parts):  # a file at the top means that the folders are not classes
-        classes = sorted({p[0] for p in parts})
-        number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number[p[0]] for p in parts])
-    read = partial(_read_file, files)
-    return Source(str(path), len(files), read, labels=labels, classes=classes, where=files.__getitem__)
-
-
-def _open_dataset(data: str, path: Path, role: str, split: str, image_column: str, label_column: str) -> Source | None:
-    """A parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub."""
-    import datasets  # takes a second: only runs that use it pay
-
-    datasets.disable_progress_bars()
-    local = path.exists() or "*" in data
-    if not local and (data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1):
-        raise SystemExit(f"--data {data}: no such file or folder")
-    try:
-        if path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            opened = datasets.load_from_disk(str(path))
-        elif local and not path.is_dir():
-            opened = datasets.load_dataset("parquet", data_files=str(path))
-        else:
-            opened = datasets.load_dataset(str(path) if local else data)
-    except Exception as error:  # datasets raises whatever its readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "is the file whole?" if local else "check the id and the connection, or give a local folder"
-        raise SystemExit(f"--data {data}: cannot be opened ({reason}); {remedy}") from None
-    if isinstance(opened, datasets.DatasetDict):
-        name = _pick_split(list(opened), role, split, data)
-        if name is None:
-            return None
-        opened = opened[name]
-    elif role == "eval" or split:
-        return _pick_split((), role, split, data)  # None, or the error that there are no splits
-    columns = opened.features
-    images = [k for k, f in columns.items() if isinstance(f, datasets.Image)]
-    if image_column and image_column not in columns:
-        raise SystemExit(f"--image-column {image_column}: {data} has the columns {', '.join(columns)}")
-    if not image_column and not images:
-        raise SystemExit(f"--data {data}: no image column; name it with --image-column: {', '.join(columns)}")
-    image_column = image_column or images[0]
-    named = [k for k, f in columns.items() if isinstance(f, datasets.ClassLabel)]
-    named += [k for k in ("label", "labels", "fine_label") if k in columns]
-    if label_column and label_column not in columns:
-        raise SystemExit(f"--label-column {label_column}: {data} has the columns {', '.join(columns)}")
-    labels, classes = None, []
-    if label_column or named:
-        label_column = label_column or named[0]
-        values = opened[label_column][:]
-        if isinstance(columns[label_column], datasets.ClassLabel):
-            classes = columns[label_column].names
-            labels = torch.tensor(values)
-        else:  # whole numbers stand for themselves, anything else is numbered in sorted order
-            whole = all(isinstance(v, int) and v >= 0 for v in values)
-            classes = [str(i) for i in range(max(values) + 1)] if whole else sorted(map(str, set(values)))
-            number = {name: i for i, name in enumerate(classes)}
-            labels = torch.tensor([number[str(v)] for v in values])
-    raw = opened.select_columns([image_column])
-    if isinstance(columns[image_column], datasets.Image):
-        raw = raw.cast_column(image_column, datasets.Image(decode=False))
-
-    read = partial(_read_row, raw, image_column)
-    return Source(data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data))
-
-
-def _make_resident(source: Source, force: bool) -> Source:
-    """Decode images of one small size into one tensor, once; larger or mixed sizes come back as they were."""
-    for i in range(min(len(source), 10)):
-        try:
-            first = source.decode(i)
-            break
-        except ValueError:
-            continue
-    else:
-        raise SystemExit(f"--data {source.name}: the first {min(len(source), 10)} images cannot be read")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
-    if not force and (max(first.shape[1:]) > RESIDENT_PX or len(source) * first.numel() > memory // 4):
-        return source
-    pixels = torch.empty(len(source), *first.shape, dtype=torch.uint8)
-    bad: dict[int, str] = {}
-    mixed: list[int] = []
-
-    def put(i: int) -> None:
-        if mixed:
-            return
-        try:
-            image = source.decode(i)
-        except ValueError as error:
-            bad[i] = str(error)
-            return
-        if image.shape == first.shape:
-            pixels[i] = image
-        else:
-            mixed.append(i)
-
-    with ThreadPoolExecutor(min(8, available_cores())) as pool:
-        for _ in pool.map(put, range(len(source)), chunksize=256):
-            pass
-    if mixed:
-        return source
-    whole = dataclasses.replace(source, pixels=pixels, read=None)
-    check_bad(source.name, bad, len(source))
-    if not bad:
-        return whole
-    kept = whole.take([i for i in range(len(source)) if i not in bad])
-    kept.bad = {i: f"{source.where(i)}: {why}" for i, why in bad.items()}
-    return kept
-
-
-def check_bad(name: str, bad: dict, total: int) -> None:
-    """More than 1 % unreadable images stop a run: then it is the data that is wrong, not a file."""
-    if len(bad) > max(1, 0.01 * total):
-        example = next(iter(bad.values()))
-        raise SystemExit(
-            f"--data {name}: {len(bad)} of {total} images cannot be read (over 1 %), the first: {example}"
-        )
+        if getattr(args, name, least) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,21 +199,19 @@ class Batches:
         return self._order[1][start : start + share]
 
     def batch(self, step: int) -> Batch:
-        epoch, indices = self.epoch(step), self.indices(step)
-        views = []
+        epoch, indices, views = self.epoch(step), self.indices(step), []
         if self.resident:
             images = self._pixels[indices.to(self.device)]
-            heights = torch.full((len(indices),), images.shape[2])
-            widths = torch.full((len(indices),), images.shape[3])
-            for v, (recipe, size) in enumerate(self.views):
-                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
-                views.append(colour_batch(crop_batch(images, params, size, recipe), params, recipe))
+            heights, widths = (torch.full((len(indices),), side) for side in images.shape[2:])
         else:
             crops, heights, widths = self._streamed(step)
-            for v, (recipe, size) in enumerate(self.views):
-                params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+        for v, (recipe, size) in enumerate(self.views):
+            params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
+            if self.resident:
+                crop = crop_batch(images, params, size, recipe)
+            else:
                 crop = crops[v].to(self.device, non_blocking=True).float().div_(255)
-                views.append(colour_batch(crop, params, recipe))
+            views.append(colour_batch(crop, params, recipe))
         labels = self.source.labels
         return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
 
@@ -530,7 +235,7 @@ class Batches:
             if "worker" not in str(error):
                 raise
             raise SystemExit(
-                f"a data worker died ({str(error).splitlines()[0]}): too little memory or shared memory? "
+                f"a data worker died ({first_line(error)}): too little memory or shared memory? "
                 "Lower --num-workers (0 decodes in the main process); --resume continues from the last checkpoint"
             ) from None
         for i, why in bad:
@@ -661,12 +366,9 @@ def create_backbone(
     except (OSError, RuntimeError) as error:
         if not kwargs.get("pretrained"):
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(
-            f"timm/{name}: the pretrained weights cannot be had ({reason}); check name and connection"
-        ) from None
-    if num_classes == 0:  # what comes out: MobileNetV3 pools before its last convolution and calls that num_features
-        model.num_features = getattr(model, "head_hidden_size", model.num_features)
+        raise SystemExit(f"timm/{name}: no pretrained weights ({first_line(error)}); check the connection") from None
+    # what comes out without a classifier: MobileNetV3 pools before its last convolution and calls that num_features
+    model.num_features = getattr(model, "head_hidden_size", model.num_features)
     config = model.pretrained_cfg
     for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
         model.register_buffer(f"input_{key}", torch.tensor(value).view(-1, 1, 1), persistent=False)
@@ -722,15 +424,9 @@ class LARS(torch.optim.SGD):
 
 
 def create_optimizer(
-    name: Literal["sgd", "adamw", "lars"],
-    params,
-    lr: float,
-    *,
-    momentum: float,
-    weight_decay: float,
-    device: torch.device,
+    name: str, params, lr: float, *, momentum: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with momentum, AdamW (momentum is its first beta) or LARS over `params`, fused where the device can."""
+    """sgd with momentum, adamw (momentum is its first beta) or lars over `params`, fused where the device can."""
     fused = {"fused": True} if device.type == "cuda" else {}
     if name == "adamw":
         return torch.optim.AdamW(params, lr, betas=(momentum, 0.999), weight_decay=weight_decay, **fused)
@@ -796,7 +492,7 @@ def extract_features(
         with accelerator.autocast():
             y = model(x).float().cpu()
         if features is None:
-            features = torch.zeros(len(source), y.shape[1])
+            features = y.new_zeros(len(source), y.shape[1])
         features[indices] = y
     if training:
         model.train()

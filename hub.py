@@ -12,16 +12,11 @@ import argparse
 import ast
 import collections
 import json
-import math
 import os
 import pathlib
-import platform
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,367 +24,13 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-import torch.distributed as dist
-import torchvision
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 
 import common
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: log, signals, atomic checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """A run's folder, log, progress, stop signals and checkpoints; made once at the top of `main`.
-
-    Writes args.json, environment.json and the trainer's own source, refuses a folder that holds another run, seeds
-    every generator and checks that the launcher's processes see each other. Raises SystemExit with the remedy.
-    """
-
-    def __init__(self, args, trainer_file: str, accelerator: Accelerator):
-        self.dir, self.args, self.accelerator = Path(args.run_dir), args, accelerator
-        world = accelerator.num_processes
-        if world != int(os.environ.get("WORLD_SIZE", 1)):
-            raise SystemExit(
-                f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
-                f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
-            )
-        batch_size = getattr(args, "batch_size", world)
-        if batch_size < 1 or batch_size % world:
-            raise SystemExit(f"--batch-size {batch_size}: must be a positive multiple of the {world} processes")
-        found = [name for name in ("step_*", "metrics.jsonl", "results.json") if any(self.dir.glob(name))]
-        if self.same_everywhere(bool(found)) and not getattr(args, "resume", False):
-            remedy = "--resume continues it, or choose" if hasattr(args, "resume") else "choose"
-            raise SystemExit(f"--run-dir {self.dir}: holds a run already; {remedy} another folder")
-        if args.tracker != "none" and [t.name for t in accelerator.log_with] != [args.tracker]:
-            raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
-        if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-            torch.set_num_threads(
-                common.available_cores()
-            )  # `accelerate launch` leaves a CPU run with a single thread
-        set_seed(args.seed, device_specific=False)
-        self._stop_group = dist.new_group(backend="gloo") if world > 1 else None  # asks without a wait for the GPU
-        self._signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & set(os.environ)
-        self._parent = os.getppid() if launched else None
-        self._start = self._first_step = self._total = self._images = 0
-        self._bar = None
-        self._first_bad: Tensor | None = None
-        if accelerator.is_main_process:
-            self._write_facts(trainer_file)
-        if args.tracker != "none":
-            simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
-            accelerator.init_trackers(self.dir.name, config=simple)
-
-    def _write_facts(self, trainer_file: str) -> None:
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "args.json").write_text(json.dumps(vars(self.args), indent=2, default=str) + "\n")
-            shutil.copy(trainer_file, self.dir)
-            git = ["git", "-C", str(common.ROOT), "describe", "--always", "--dirty"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-            device = self.accelerator.device
-            facts = {
-                "trainer": Path(trainer_file).stem,
-                "commit": commit,
-                "num_processes": self.accelerator.num_processes,
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-                "threads": torch.get_num_threads(),
-                "mixed_precision": self.accelerator.mixed_precision,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "timm": timm.__version__,
-            }
-            (self.dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
-        except OSError as error:
-            raise SystemExit(
-                f"--run-dir {self.dir}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
-
-    def same_everywhere(self, value):
-        """The main process's value on every process: what is on disk may differ from one look to the next."""
-        if self.accelerator.num_processes == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def say(self, text: str) -> None:
-        """One line on the terminal, from the main process, above the progress bar if there is one."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
-
-    # --- signals ---
-
-    def _on_signal(self, number: int, _) -> None:
-        self._signal = number
-
-    def stop_requested(self) -> bool:
-        """True on every process at once after SIGTERM or SIGUSR1, or once the launcher is gone; ask once per step."""
-        if self._parent and os.getppid() != self._parent:
-            self._signal = signal.SIGTERM
-        if self._stop_group is None:
-            return bool(self._signal)
-        flag = torch.tensor([self._signal])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
-        return bool(flag)
-
-    # --- log ---
-
-    def start(self, first_step: int, total_steps: int, data: common.Batches | None = None) -> range:
-        """The steps to do; forgets logged steps that a resumed run does again, and states what runs where."""
-        self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
-        self._images, self._last_line = self.args.batch_size, 0.0
-        if self.accelerator.is_main_process:
-            log = self.dir / "metrics.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
-            if len(kept) != len(lines):
-                log.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
-                os.replace(log.with_suffix(".tmp"), log)
-            if data is not None:
-                how = (
-                    "resident (decoded once, in memory)" if data.resident else f"streamed ({data.num_workers} workers)"
-                )
-                self.say(f"data: {data.source.name}, {len(data.source)} images, {how}")
-                side = max(size for _, size in data.views)
-                if side <= 64 and getattr(self.args, "small_images", True) is False and self.args.data != "digits":
-                    self.say(f"images of {side} px: ResNets learn better with --small-images (3x3 stem, no max-pool)")
-            processes, threads = self.accelerator.num_processes, torch.get_num_threads()
-            self.say(f"{total_steps - first_step} steps from {first_step} on {processes} x {self.accelerator.device}"
-                     f" ({threads} threads, precision {self.accelerator.mixed_precision}), into {self.dir}")  # fmt: skip
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        return range(first_step, total_steps)
-
-    def watch(self, step: int, loss: Tensor) -> None:
-        """Remember, on the device and without waiting for it, the first step whose loss was not finite."""
-        bad = torch.where(loss.detach().isfinite().all(), torch.inf, float(step)).to(torch.float64)
-        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
-
-    def check(self) -> None:
-        """Stop with the step's number if a watched loss was not finite."""
-        if self._first_bad is not None and math.isfinite(first := self._first_bad.item()):
-            raise SystemExit(
-                f"step {int(first)}: the loss is not finite. A learning rate far too high, or fp16 overflow: lower "
-                f"--base-lr, or use bf16; --resume goes back to the newest checkpoint in {self.dir}"
-            )
-
-    def log_due(self, step: int) -> bool:
-        if self._bar is not None:
-            self._bar.update()
-        return step % self.args.log_every == 0 or step + 1 == self._total
-
-    def log(self, step: int, **metrics: float | Tensor) -> dict[str, float]:
-        """Append one line to metrics.jsonl; tensors are averaged over the processes. Returns plain numbers."""
-        self.check()
-        names = [k for k, v in metrics.items() if isinstance(v, Tensor)]
-        if names:
-            values = torch.stack([metrics[k].detach().double().mean() for k in names])
-            if self.accelerator.num_processes > 1:
-                values = self.accelerator.reduce(values, "mean")
-            metrics |= dict(zip(names, values.tolist(), strict=True))
-        if self.accelerator.is_main_process:
-            done, seconds = step + 1 - self._first_step, time.perf_counter() - self._start
-            rate = done * self._images / seconds
-            with open(self.dir / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, **metrics, "images_per_s": round(rate, 1)}) + "\n")
-            left = (self._total - step - 1) * seconds / done
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-            if self._bar is not None:
-                self._bar.set_postfix_str(f"{shown}  {rate:.0f} images/s")
-            elif seconds - self._last_line > 10 or step + 1 == self._total:  # a log file needs no line per step
-                self._last_line = seconds
-                self.say(f"step {step + 1}/{self._total}  {shown}  {rate:.0f} images/s  {left / 60:.1f} min left")
-            if self.args.tracker != "none":
-                self.accelerator.log(metrics, step=step)
-        return metrics
-
-    # --- checkpoints ---
-
-    def save(self, step: int, state: dict, backbone: nn.Module | None) -> None:
-        """Write step_<step>/ whole or not at all: everything in `state`, every process's RNG, `backbone` for releases.
-
-        `state` maps names to modules, optimisers or tensors; an evaluation has no backbone to release: None. Older
-        checkpoints beyond --keep go once the new one is in place. A full disk stops the run and leaves the previous
-        checkpoint.
-        """
-        self.check()
-        rng = {"python": random.getstate(), "numpy": _numpy_rng(), "torch": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
-        everyone = [rng]
-        if self.accelerator.num_processes > 1:
-            everyone = [None] * self.accelerator.num_processes
-            dist.all_gather_object(everyone, rng)
-        if self.accelerator.is_main_process:
-            target, beside = self.dir / f"step_{step:08d}", self.dir / f".step_{step:08d}"
-            content = {name: self._content(value) for name, value in state.items()}
-            if self.accelerator.scaler is not None:
-                content["grad_scaler"] = self.accelerator.scaler.state_dict()
-            try:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
-                torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
-                if backbone is not None:
-                    _save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
-                for file in beside.iterdir():
-                    with open(file, "rb") as f:
-                        os.fsync(f.fileno())
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(beside, target)
-            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-                shutil.rmtree(beside, ignore_errors=True)
-                reason = str(error).splitlines()[0]
-                raise SystemExit(
-                    f"{target}: the checkpoint could not be written ({reason}); free space in {self.dir}, then --resume "
-                    "continues from the checkpoint before"
-                ) from None
-            for old in checkpoints(self.dir)[self.args.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _content(self, value):
-        if isinstance(value, nn.Module):
-            return self.accelerator.unwrap_model(value).state_dict()
-        return value.state_dict() if hasattr(value, "state_dict") else value
-
-    def resume(self, state: dict) -> int:
-        """Load the newest whole checkpoint into `state` and the generators; returns the step to go on with."""
-        step, problem = 0, ""
-        for folder in self.same_everywhere(checkpoints(self.dir)):
-            try:
-                saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged archive raises whatever its reader meets first
-                problem = f"{folder.name} is not whole ({str(error).splitlines()[0]})"
-                self.say(f"{problem}: trying the one before")
-                continue
-            step = saved["step"]
-            break
-        if not step:
-            raise SystemExit(
-                f"--resume: no whole checkpoint in {self.dir}{': ' + problem if problem else ''}; start without --resume"
-            )
-        if set(saved["state"]) - {"grad_scaler"} != set(state):
-            raise SystemExit(
-                f"--resume: {folder} was written by another trainer (it holds {', '.join(saved['state'])})"
-            )
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                value.copy_(saved["state"][name])
-                continue
-            value = self.accelerator.unwrap_model(value) if isinstance(value, nn.Module) else value
-            try:
-                value.load_state_dict(saved["state"][name])
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()
-                raise SystemExit(
-                    f"--resume: {folder} does not fit these flags: {name}: {reason[min(1, len(reason) - 1)].strip()}"
-                ) from None
-        if self.accelerator.scaler is not None and "grad_scaler" in saved["state"]:
-            self.accelerator.scaler.load_state_dict(saved["state"]["grad_scaler"])
-        if len(saved["rng"]) == self.accelerator.num_processes:
-            rng = saved["rng"][self.accelerator.process_index]
-            random.setstate(rng["python"])
-            np.random.set_state(("MT19937", rng["numpy"]["keys"].numpy().astype(np.uint32), *rng["numpy"]["rest"]))
-            torch.set_rng_state(rng["torch"])
-            if "cuda" in rng and self.accelerator.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"])
-        else:
-            self.say(
-                f"{folder.name} was written by {len(saved['rng'])} processes: dropout starts from new random numbers"
-            )
-        self.say(f"resumed from {folder} at step {step}")
-        return step
-
-    def stop(self, step: int) -> None:
-        """End a run that was asked to stop, after its checkpoint: exit code 143, so that a scheduler requeues it."""
-        self.say(f"stopped by a signal after step {step}; --resume continues from {self.dir / f'step_{step:08d}'}")
-        if self._bar is not None:
-            self._bar.close()
-        sys.exit(143)
-
-    def record_teacher(self, teacher: "Teacher") -> None:
-        """Keep what is known about the teacher, its licence above all, for the release's card."""
-        facts = ", ".join(f"{k} {v}" for k, v in teacher.facts.items())
-        self.say(f"teacher: {facts}, {teacher.num_features}-d features")
-        if self.accelerator.is_main_process:
-            (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
-
-    def finish(self, source: common.Source | None, results: dict, *, trained: bool = True) -> Path:
-        """Close the log, write results.json, build the release folder and, with --push-to-hub, upload it.
-
-        `trained=False` is for evaluations: no backbone was trained, so there is no release.
-        """
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        release = self.dir / "release"
-        if self.accelerator.is_main_process:
-            (self.dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            if source is not None and source.bad:
-                (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
-                self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
-        if self.accelerator.is_main_process and trained:
-            build_release(self.dir)
-            load = "import common, timm" if "_small" in (release / "config.json").read_text() else "import timm"
-            self.say(
-                f'\nrelease: {release}\n\n  {load}\n  model = timm.create_model("local-dir:{release}", pretrained=True)'
-            )
-            self.say("  features = model.eval()(images)  # (B, 3, H, W), normalised as config.json says\n")
-            if repo := getattr(self.args, "push_to_hub", None):
-                try:
-                    self.say(f"pushed to {push(self.dir, repo)}")
-                except SystemExit as error:  # a finished run is never lost to a failed upload
-                    self.say(f"{error}\nthe run is whole; try again with: python hub.py push {self.dir} {repo}")
-        self.accelerator.wait_for_everyone()
-        if self.args.tracker != "none":
-            self.accelerator.end_training()
-        return release
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """A run's checkpoint folders, newest first."""
-    return sorted((p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
-
-
-def _numpy_rng() -> dict:
-    _, keys, *rest = np.random.get_state()
-    return {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest}
-
-
-def _save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
-    """model.safetensors and config.json, as timm reads them."""
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    cfg = backbone.pretrained_cfg
-    num_classes = getattr(backbone, "num_classes", 0)
-    config = {
-        "architecture": cfg["architecture"],
-        "num_classes": num_classes,
-        "num_features": backbone.num_features,
-        "pretrained_cfg": {
-            "input_size": [3, image_size, image_size],
-            "fixed_input_size": bool(cfg.get("fixed_input_size")),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0 if image_size <= common.RESIDENT_PX else 0.875,
-            "mean": backbone.input_mean.flatten().tolist(),
-            "std": backbone.input_std.flatten().tolist(),
-            "num_classes": num_classes,
-            "pool_size": cfg.get("pool_size"),
-            "first_conv": cfg.get("first_conv"),
-            "classifier": cfg.get("classifier"),
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
+# A chapter that would make this file too long to read: the run folder.
+from trainers.shared.run import Run, checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers
@@ -487,7 +128,11 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
         return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
     hub_id = spec.removeprefix("hf-hub:")
     if hub_id.count("/") == 1 and not path.suffix and not spec.startswith((".", "/", "~")):
-        return _load_folder(pull(hub_id), num_classes, {"source": f"hf-hub:{hub_id}"})
+        try:
+            folder = pull(hub_id)
+        except SystemExit as error:  # a mistyped path looks like org/name
+            raise SystemExit(f"--teacher {spec}: no such file or folder here, and from the Hub: {error}") from None
+        return _load_folder(folder, num_classes, {"source": f"hf-hub:{hub_id}"})
     raise SystemExit(f"--teacher {spec}: no such file, folder or name; {HOW_TO_GET_A_TEACHER}")
 
 
@@ -503,13 +148,16 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
         raise SystemExit(
             f"--teacher {path}: neither config.json + model.safetensors nor a run with a checkpoint in it"
         )
-    config = json.loads((folder / "config.json").read_text())
-    cfg = config.get("pretrained_cfg", config)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        cfg, architecture = config.get("pretrained_cfg", config), config["architecture"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SystemExit(f"--teacher {folder / 'config.json'}: not a timm model's ({error}); fetch it again") from None
     own = config.get("num_classes", cfg.get("num_classes", 0)) or 0
     if num_classes and own != num_classes:
         raise SystemExit(f"--teacher {path}: has a classifier of {own} classes, the data has {num_classes}")
     backbone = common.create_backbone(
-        config["architecture"], num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
+        architecture, num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
     )
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -524,15 +172,13 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     load_strictly(backbone, state, str(folder))
     card = folder / "README.md"
     licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip
-    return Teacher(
-        backbone, {**facts, "architecture": config["architecture"], "format": "release", "licence": licence}
-    )
+    return Teacher(backbone, {**facts, "architecture": architecture, "format": "release", "licence": licence})
 
 
 def _load_foreign(path: Path, facts: dict) -> Teacher:
     """An authors' file, recognised by its keys (golden/NOTES_ssl.md section 13 lists the layouts)."""
     content = read_foreign(path)
-    state = content.get("state_dict", content.get("model", content))
+    state = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
     if not state:
         raise SystemExit(f"{path}: holds no tensors; {HOW_TO_GET_A_TEACHER}")
@@ -547,7 +193,7 @@ def _load_foreign(path: Path, facts: dict) -> Teacher:
         raise SystemExit(f"{path}: its architecture {architecture or '(none named)'} is none that timm knows")
     backbone = common.create_backbone(architecture, mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
     load_strictly(backbone, backbone_state, str(path), strays)
-    head = _build_head({k[len(head_prefix) :]: v for k, v in head_state.items()})
+    head = _build_head(head_state, head_prefix.rstrip("."), backbone.num_features, str(path))
     return Teacher(backbone, {**facts, "architecture": architecture, "format": name}, head)
 
 
@@ -569,8 +215,8 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays
         if keys
     ]
     if found:
-        architecture = model.pretrained_cfg["architecture"]
-        raise SystemExit(f"{where}: does not fit {architecture}: {'; '.join(found)}")
+        what = model.pretrained_cfg["architecture"] if hasattr(model, "pretrained_cfg") else "a projection head"
+        raise SystemExit(f"{where}: does not fit {what}: {'; '.join(found)}")
     model.load_state_dict(state)
 
 
@@ -584,23 +230,26 @@ def _resnet_name(state: dict[str, Tensor]) -> str:
     return f"resnet{number}{'_small' if small else ''}" if number else ""
 
 
-def _build_head(state: dict[str, Tensor]) -> nn.Module | None:
-    """The projection head that a file's own indices describe: Linear and BatchNorm1d, ReLU where an index is skipped."""
+def _build_head(state: dict[str, Tensor], name: str, width: int, where: str) -> nn.Module | None:
+    """The projection head on `width` features that a file's own keys describe, strictly loaded; None without keys.
+
+    `name`.weight is one Linear; `name`.<index>.weight a chain of Linear and BatchNorm1d, ReLU where an index is skipped.
+    """
     if not state:
         return None
-    if set(state) <= {"weight", "bias"}:
-        head: nn.Module = nn.Linear(state["weight"].shape[1], state["weight"].shape[0], bias="bias" in state)
+    layers: dict[int, nn.Module] = {}
+    for i in sorted({int(part) for k in state if (part := k.split(".")[1]).isdigit()}):
+        key, biased = f"{name}.{i}.weight", f"{name}.{i}.bias" in state
+        if f"{name}.{i}.running_mean" in state:
+            layers[i] = nn.BatchNorm1d(width, affine=key in state)
+        else:
+            layers[i] = nn.Linear(width, len(state[key]) if key in state else width, bias=biased)
+            width = layers[i].out_features
+    if layers:
+        head: nn.Module = nn.Sequential(*(layers.get(i, nn.ReLU()) for i in range(max(layers) + 1)))
     else:
-        last = max(int(k.split(".")[0]) for k in state)
-        layers: list[nn.Module] = [nn.ReLU() for _ in range(last + 1)]
-        for i in {int(k.split(".")[0]) for k in state}:
-            weight = state.get(f"{i}.weight")
-            if f"{i}.running_mean" in state:
-                layers[i] = nn.BatchNorm1d(len(state[f"{i}.running_mean"]), affine=weight is not None)
-            else:
-                layers[i] = nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state)
-        head = nn.Sequential(*layers)
-    head.load_state_dict(state)
+        head = nn.Linear(width, len(state.get(f"{name}.weight", [0])), bias=f"{name}.bias" in state)
+    load_strictly(nn.ModuleDict({name: head}), state, where)
     return head
 
 
@@ -614,22 +263,21 @@ def _numpy_globals() -> list:
 
 def read_foreign(path: Path) -> dict:
     """A .pth/.pt file of somebody else's, opened without running what it may contain. Raises SystemExit if refused."""
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
     allowed = [argparse.Namespace, collections.defaultdict, dict, list, pathlib.PosixPath, *_numpy_globals()]
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # a damaged file raises whatever its reader meets first
         text = str(error)
-        if "weights_only" in text or "Unsupported" in text or "blocked" in text:
-            name = next((w for w in text.replace("`", " ").split() if w.startswith("GLOBAL")), "")
-            after = text.split("GLOBAL ", 1)[1].split()[0] if "GLOBAL " in text else name
+        if "GLOBAL " in text:
             raise SystemExit(
-                f"{path}: refused, loading it would run code ({after or 'a pickled object'}). If you trust it, convert it "
-                "once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+                f"{path}: refused, loading it would run code ({text.split('GLOBAL ', 1)[1].split()[0]}). If you trust it, "
+                "convert it once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
             ) from None
-        raise SystemExit(f"{path}: not a whole torch checkpoint ({text.splitlines()[0]}); fetch it again") from None
+        reason = "no torch file" if "Unsupported operand" in text else common.first_line(error).split(". ")[0]
+        raise SystemExit(f"{path}: not a whole checkpoint of torch's format ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise SystemExit(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -672,6 +320,27 @@ def digits_teacher(run: Run) -> str:
 NON_COMMERCIAL = ("-nc", "noncommercial", "non-commercial", "research")
 
 
+def finish(run: Run, source: common.Source | None, results: dict) -> Path:
+    """End a training run: close its log, build its release folder and, with --push-to-hub, upload that."""
+    run.finish(source, results)
+    release = run.dir / "release"
+    if run.accelerator.is_main_process:
+        build_release(run.dir)
+        config = _read_json(release / "config.json")
+        load = "import common, timm" if config["architecture"].endswith("_small") else "import timm"
+        without = ", num_classes=0" if config["num_classes"] else ""
+        run.say(f"\nrelease: {release}\n\n  {load}")
+        run.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
+        run.say("  features = model.eval()(images)  # (B, 3, H, W), normalised as config.json says\n")
+        if repo := getattr(run.args, "push_to_hub", None):
+            try:
+                run.say(f"pushed to {push(run.dir, repo)}")
+            except SystemExit as error:  # a finished run is never lost to a failed upload
+                run.say(f"{error}\nthe run is whole; try again with: python hub.py push {run.dir} {repo}")
+    run.accelerator.wait_for_everyone()
+    return release
+
+
 def build_release(run_dir: str | Path) -> Path:
     """release/ of a run: model.safetensors and config.json (what timm loads) and README.md, the model card. Offline.
 
@@ -684,13 +353,19 @@ def build_release(run_dir: str | Path) -> Path:
             f"{run_dir}: no checkpoint to release; a run writes one every --save-every steps and at its end"
         )
     release, beside = run_dir / "release", run_dir / ".release"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        shutil.copy(newest / name, beside)
-    (beside / "README.md").write_text(_model_card(run_dir, newest))
-    shutil.rmtree(release, ignore_errors=True)
-    os.replace(beside, release)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(newest / name, beside)
+        (beside / "README.md").write_text(_model_card(run_dir, newest))
+        shutil.rmtree(release, ignore_errors=True)
+        os.replace(beside, release)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise SystemExit(
+            f"{release}: {error.strerror}; once it can be written: python hub.py build {run_dir}"
+        ) from None
     return release
 
 
@@ -719,6 +394,7 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
     }
     size, feature = cfg["input_size"][-1], config["num_features"]
     own = "import common  # registers this architecture; clone cleandistill first\n" if config["architecture"].endswith("_small") else ""  # fmt: skip
+    without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
     rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
     return f"""---
 license: {licence}
@@ -731,7 +407,7 @@ Trained with [cleandistill](https://github.com/cleandistill/cleandistill) ({fact
 
 ```python
 {own}import timm
-model = timm.create_model("hf-hub:ORG/NAME", pretrained=True)  # or "local-dir:this/folder"
+model = timm.create_model("hf-hub:ORG/NAME", pretrained=True{without})  # or "local-dir:this/folder"
 features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {cfg["mean"]}, std {cfg["std"]}; {feature}-d
 ```
 
@@ -775,10 +451,8 @@ def push(
     lines = card.read_text().splitlines() if card.exists() else ["---", "license: unknown", "---"]
     chain = next((line[9:] for line in lines if line.startswith("license:")), "unknown")
     if licence and licence != chain:
-        bound = any(mark in chain.lower() for mark in NON_COMMERCIAL) and not any(
-            m in licence.lower() for m in NON_COMMERCIAL
-        )
-        if bound and not accept_licence:
+        asked, bound = (any(mark in text.lower() for mark in NON_COMMERCIAL) for text in (licence, chain))
+        if bound and not asked and not accept_licence:
             raise SystemExit(
                 f"--licence {licence}: the teacher's weights ask for {chain}; --accept-licence takes it upon you"
             )
@@ -790,19 +464,18 @@ def push(
         api.create_repo(repo_id, exist_ok=True, private=private or None)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="cleandistill release")
         return f"{api.endpoint}/{repo_id}"
-    except (OSError, ValueError) as error:  # the client's HTTP errors are OSErrors, bad names ValueErrors
+    except Exception as error:  # the Hub client's own, those of its HTTP library (it changed that), the system's
         raise SystemExit(_hub_problem("push", repo_id, error)) from None
 
 
 def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
     """A release's folder from the Hub (or its local cache): config.json, model.safetensors, README.md."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     files = ["config.json", "model.safetensors", "README.md"]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except Exception as error:
         raise SystemExit(_hub_problem("pull", repo_id, error)) from None
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
         raise SystemExit(
@@ -813,16 +486,17 @@ def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | N
 
 def _hub_problem(verb: str, repo_id: str, error: Exception) -> str:
     """One line for what the Hub's client raised: its kind decides the remedy."""
-    kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+    kind, reason = type(error).__name__, common.first_line(error)
     code = getattr(getattr(error, "response", None), "status_code", None)
+    right = " with a token that may write there" if verb == "push" else ""
     if kind == "RevisionNotFoundError":
         remedy = "there is no such revision"
-    elif code in (401, 403) or "token" in reason.lower() or "Unauthorized" in reason:
-        remedy = (
-            "log in with a token that may write there: hf auth login" if verb == "push" else "log in: hf auth login"
-        )
-    elif kind in ("RepositoryNotFoundError", "HFValidationError") or code == 404:
-        remedy = "check the name (org/name)"
+    elif kind == "RepositoryNotFoundError":
+        remedy = "check the name (org/name); if it is private, log in: hf auth login"
+    elif kind == "HFValidationError":
+        remedy = "the name must be org/name"
+    elif code in (401, 403) or "token" in reason.lower():
+        remedy = f"log in{right}: hf auth login"
     else:
         remedy = "check the connection and try again"
     return f"{verb} {repo_id}: {kind}: {reason}; {remedy}"

@@ -1,10 +1,13 @@
+"""What every test shares: one thread, no way out to the internet, real images where there are any."""
+
 import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for the network
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import signal
 from pathlib import Path
+
+# All three are read when torch and huggingface_hub are imported. A test that wants a Hub starts its own, in a new process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -41,3 +44,13 @@ def photo_folder(tmp_path_factory) -> Path:
     from runs import photographs
 
     return photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """A trainer called in this process takes SIGTERM and SIGUSR1 for itself; give them back."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)

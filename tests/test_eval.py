@@ -23,6 +23,7 @@ from torch import nn
 import common
 import hub
 from trainers import eval_knn, eval_linear
+from trainers.shared.run import save_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -46,7 +47,7 @@ def tiny(tmp_path_factory) -> Path:
     with torch.no_grad():
         for _ in range(20):
             backbone(common.open_source("digits", "eval").pixels[:128].float() / 255)
-    hub._save_backbone(folder, backbone, 32)
+    save_backbone(folder, backbone, 32)
     return folder
 
 

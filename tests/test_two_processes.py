@@ -5,38 +5,51 @@ import json
 import pytest
 import torch
 from accelerate import debug_launcher
+from conftest import ROOT
 from runs import TRAINERS, command, launch, metrics, tiny_flags, tiny_run
 
 import common
 from trainers.shared.networks import GroupedBatchNorm
 
 
+def in_double(method: str, processes: int) -> list[str]:
+    *words, trainer = command(method, processes)
+    return [*words, str(ROOT / "tests" / "double.py"), trainer]
+
+
+def compare(one: list[dict], two: list[dict], steps: int, tolerance: float) -> None:
+    assert len(one) == len(two) == steps
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "lr"):
+            assert b[key] == pytest.approx(a[key], rel=tolerance), f"{key} at step {a['step']}"
+
+
 @pytest.mark.parametrize("method", TRAINERS)
 @pytest.mark.parametrize("data", ["digits", "photographs"])
 def test_two_processes_train_as_one(method, data, tmp_path, tiny_teacher, photo_folder):
     changes = {"total-steps": 5, **({"data": photo_folder} if data == "photographs" else {})}
-    runs = {}
+    for processes in (1, 2):
+        flags = tiny_flags(method, tmp_path / str(processes), tiny_teacher, **changes)
+        launch(in_double(method, processes) + flags)
+        facts = json.loads((tmp_path / str(processes) / "environment.json").read_text())
+        assert facts["num_processes"] == processes
+    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-8)
+
+
+def test_two_processes_train_as_one_in_single_precision(tmp_path, tiny_teacher):
     for processes in (1, 2):
         run_dir = tmp_path / str(processes)
-        launch(command(method, processes) + tiny_flags(method, run_dir, tiny_teacher, **changes))
+        launch(command("smd", processes) + tiny_flags("smd", run_dir, tiny_teacher, **{"total-steps": 5}))
         assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == processes
-        runs[processes] = metrics(run_dir)
-    assert len(runs[1]) == len(runs[2]) == 5
-    for one, two in zip(runs[1], runs[2], strict=True):
-        for key in ("loss", "lr"):  # a mean of cosines may be zero: there, relative to its range
-            assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), f"{key} at step {one['step']}"
+    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-5)
 
 
 def test_a_group_that_spans_both_processes_is_one_group(tmp_path, tiny_teacher):
     """SMD's pairs are gathered with their gradients: 16 images in one group on 2 x 8."""
-    runs = []
     for processes in (1, 2):
         flags = tiny_flags("smd", tmp_path / str(processes), tiny_teacher, **{"group-size": 0, "total-steps": 4})
-        launch(command("smd", processes) + flags)
-        runs.append(metrics(tmp_path / str(processes)))
-    assert len(runs[0]) == 4
-    for one, two in zip(*runs, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        launch(in_double("smd", processes) + flags)
+    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 4, 1e-8)
 
 
 def _grouped_batch_norm(group_size: int, folder: str) -> None:

@@ -152,7 +152,7 @@ def main(args: Args) -> dict[str, float]:
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     counts = {"gallery_images": len(gallery), "query_images": len(queries)}
     results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **counts, **figures, "flags": flags}
-    run.finish(source, results, trained=False)
+    run.finish(source, results)
     return figures
 
 

@@ -231,7 +231,7 @@ def main(args: Args) -> dict[str, float]:
         results = common.knn_table(
             networks, source, queries, args.image_size, accelerator, num_workers=args.num_workers
         )
-    run.finish(source, results)
+    hub.finish(run, source, results)
     return results
 
 

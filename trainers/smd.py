@@ -188,6 +188,7 @@ def main(args: Args) -> dict[str, float]:
     source = common.open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **columns)
     queries = common.open_source(args.data, "eval", **columns)
     # --- end shared block ---
+    common.check_positive(args, "group_size", least=0)
     share, group_size = args.batch_size // world, args.group_size or args.batch_size
     if args.batch_size % group_size or (share % group_size and group_size % share):
         raise SystemExit(
@@ -286,7 +287,7 @@ def main(args: Args) -> dict[str, float]:
         results = common.knn_table(
             networks, source, queries, args.image_size, accelerator, num_workers=args.num_workers
         )
-    run.finish(source, results)
+    hub.finish(run, source, results)
     return results
 
 

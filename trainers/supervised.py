@@ -204,7 +204,7 @@ def main(args: Args) -> dict[str, float]:
         logits = common.extract_features(backbone, queries, recipe, args.image_size, accelerator, **options)
         results["top1"] = 100 * (logits.argmax(1) == queries.labels).double().mean().item()
         run.say(f"top-1 on {len(queries)} images of {queries.name}: {results['top1']:.2f} %")
-    run.finish(source, results)
+    hub.finish(run, source, results)
     return results
 
 

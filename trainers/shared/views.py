@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import groupby, permutations
 from typing import Literal
 
 import numpy as np
@@ -12,11 +12,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, torchvision rgb_to_grayscale
 BLUR_RADIUS = 6  # taps on each side: three standard deviations of the widest blur in use, sigma 2
-CHUNK_PIXELS = 2**16  # pixels per channel of one piece of work on a CPU: a piece and its temporaries stay in L2
-ORDERS = torch.tensor(list(permutations(range(4))))  # of brightness, contrast, saturation, hue; lexicographic
-CHANNELS = torch.tensor(list(permutations(range(3))))
+CHUNK_PIXELS = 2**17  # pixels per channel of one piece of work on a CPU: a piece and its temporaries stay in L2
+ORDERS = np.array(list(permutations(range(4))))  # of brightness, contrast, saturation, hue
+CHANNELS = np.array(list(permutations(range(3))))
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Recipe:
 
 # facebookresearch/moco main_moco.py @ 64444f4, without --aug-plus: the grey comes before the jitter.
 MOCO_V1 = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_prob=1.0, grey=0.2, grey_first=True)
-# facebookresearch/moco main_moco.py @ 64444f4, --aug-plus; facebookresearch/simsiam main_simsiam.py @ a7bc177 is equal.
+# facebookresearch/moco main_moco.py @ 64444f4, --aug-plus; simsiam main_simsiam.py @ a7bc177 has the same.
 MOCO_V2 = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=0.5)
 # facebookresearch/moco main_lincls.py @ 64444f4: torchvision's RandomResizedCrop as it is, and a flip.
 LINEAR = Recipe()
@@ -81,37 +80,36 @@ def uniforms(seed: int, epoch: int, indices: Tensor, view: int, count: int) -> T
     """Numbers in [0, 1), a pure function of (seed, epoch, sample index, view, column). (B,) -> (B, count) float64."""
     step = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment; arrays throughout, they wrap without a warning
     state = np.zeros(1, np.uint64)
-    for word in (seed, epoch, view):
-        state = _mix((state ^ np.uint64(word & (2**64 - 1))) + step)
-    state = _mix((state ^ indices.numpy().astype(np.uint64)) + step)
+    for word in (seed, epoch, view, indices.numpy()):
+        state = _mix((state ^ np.asarray(word).astype(np.uint64)) + step)
     bits = _mix(state[:, None] + step * np.arange(1, count + 1, dtype=np.uint64))
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
 
 
-def _resized_boxes(recipe: Recipe, u: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
+def _resized_boxes(recipe: Recipe, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """torchvision's RandomResizedCrop.get_params for every row at once. u: (B, 22) -> (B, 4)."""
-    area, (low, high) = (heights * widths)[:, None], recipe.scale
-    area = area * (low + (high - low) * u[:, :10])
+    low, high = recipe.scale
+    area = (heights * widths)[:, None] * (low + (high - low) * u[:, :10])
     low, high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
-    ratio = (low + (high - low) * u[:, 10:20]).exp()
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    ratio = np.exp(low + (high - low) * u[:, 10:20])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     valid = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-    first = valid.byte().argmax(1, keepdim=True)  # ten tries, the first that fits; argmax takes the first of equals
-    h, w, found = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0], valid.any(1)
-    top, left = ((heights - h + 1) * u[:, 20]).floor(), ((widths - w + 1) * u[:, 21]).floor()
+    first = np.arange(len(u)), valid.argmax(1)  # ten tries, the first that fits
+    h, w, found = h[first], w[first], valid[first]
+    h = np.where(found, h, np.minimum(heights, np.rint(widths / min(recipe.ratio))))  # none: the largest legal middle
+    w = np.where(found, w, np.minimum(widths, np.rint(heights * max(recipe.ratio))))
+    top = np.floor(np.where(found, (heights - h + 1) * u[:, 20], (heights - h) / 2))
+    left = np.floor(np.where(found, (widths - w + 1) * u[:, 21], (widths - w) / 2))
+    return np.stack((top, left, h, w), 1)
 
-    central_h = torch.minimum(heights, (widths / min(recipe.ratio)).round())  # none fits: the largest legal middle
-    central_w = torch.minimum(widths, (heights * max(recipe.ratio)).round())
-    central = (((heights - central_h) / 2).floor(), ((widths - central_w) / 2).floor(), central_h, central_w)
-    return torch.where(found[:, None], torch.stack((top, left, h, w), 1), torch.stack(central, 1))
 
-
-def _middle(recipe: Recipe, height: int, width: int, size: int) -> tuple[float, float, float, float]:
-    """Resize(size / crop_pct) then CenterCrop(size) as one box in source pixels; its edges may be fractional."""
+def _middle_boxes(recipe: Recipe, size: int, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Resize(size / crop_pct) then CenterCrop(size) as boxes in source pixels, edges may be fractional. -> (B, 4)."""
     short = int(size / recipe.crop_pct)
-    h, w = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    return top * height / h, left * width / w, size * height / h, size * width / w
+    h = np.where(heights <= widths, short, np.floor(short * heights / widths))
+    w = np.where(heights <= widths, np.floor(short * widths / heights), short)
+    box = np.stack((np.rint((h - size) / 2), np.rint((w - size) / 2), np.full_like(h, size), np.full_like(w, size)), 1)
+    return box * np.stack((heights / h, widths / w) * 2, 1)
 
 
 def sample_params(
@@ -119,55 +117,46 @@ def sample_params(
 ) -> Params:
     """The parameters of one view, distributed like torchvision's. indices, heights, widths: (B,), size: the output."""
     # Every recipe reads the same columns, so that changing one part of a recipe leaves the rest of a view as it was.
-    u = uniforms(seed, epoch, indices, view, 36)
-    heights, widths = heights.double(), widths.double()
+    u = uniforms(seed, epoch, indices, view, 34).numpy()
+    heights, widths = heights.numpy().astype(np.float64), widths.numpy().astype(np.float64)
     if recipe.crop == "resized":
-        box = _resized_boxes(recipe, u[:, :22], heights, widths)
+        box = _resized_boxes(recipe, u, heights, widths)
     elif recipe.crop == "padded":
-        room = torch.stack((heights, widths), 1) + 2 * recipe.padding - size
-        corner = ((room + 1) * u[:, 20:22]).floor() - recipe.padding
-        box = torch.cat((corner, torch.full_like(corner, size)), 1)
+        room = np.stack((heights, widths), 1) + 2 * recipe.padding - size
+        corner = np.floor((room + 1) * u[:, 20:22]) - recipe.padding
+        box = np.concatenate((corner, np.full_like(corner, size)), 1)
     else:
-        sides = zip(heights.int().tolist(), widths.int().tolist(), strict=True)
-        box = torch.tensor([_middle(recipe, h, w, size) for h, w in sides], dtype=torch.float64).reshape(-1, 4)
-    centre = torch.tensor((1.0, 1.0, 1.0, 0.0), dtype=torch.float64)
-    strength = torch.tensor(recipe.jitter, dtype=torch.float64)
-    low, high = centre - strength, centre + strength
-    low[:3].clamp_(min=0)
-    shuffled = CHANNELS[(u[:, 32] * 6).long()]
-    return Params(
-        box=box,
-        flip=u[:, 22] < recipe.flip,
-        jitter=(u[:, 23] < recipe.jitter_prob) & any(recipe.jitter),
-        factors=low + (high - low) * u[:, 24:28],
-        order=ORDERS[(u[:, 28] * 24).long()],
-        grey=u[:, 29] < recipe.grey,
-        sigma=torch.where(
-            u[:, 30] < recipe.blur,
-            recipe.blur_sigma[0] + (recipe.blur_sigma[1] - recipe.blur_sigma[0]) * u[:, 31],
-            0.0,
-        ),
-        permutation=torch.where(u[:, 33:34] < recipe.permute, shuffled, torch.arange(3)),
+        box = _middle_boxes(recipe, size, heights, widths)
+    strength, centre = np.array(recipe.jitter), np.array((1.0, 1.0, 1.0, 0.0))
+    low = np.maximum(centre - strength, (0.0, 0.0, 0.0, -0.5))
+    start, stop = recipe.blur_sigma
+    columns = (
+        box,
+        u[:, 22] < recipe.flip,
+        (u[:, 23] < recipe.jitter_prob) & any(recipe.jitter),
+        low + (centre + strength - low) * u[:, 24:28],
+        ORDERS[(u[:, 28] * len(ORDERS)).astype(np.int64)],
+        u[:, 29] < recipe.grey,
+        (start + (stop - start) * u[:, 31]) * (u[:, 30] < recipe.blur),
+        CHANNELS[(u[:, 33] * len(CHANNELS) * (u[:, 32] < recipe.permute)).astype(np.int64)],
     )
+    return Params(*map(torch.from_numpy, columns))
 
 
-def _resampling(
-    start: Tensor, length: Tensor, size: int, source: int, inside: bool, like: Tensor, kind: str
-) -> Tensor:
+def _resampling(start: Tensor, length: Tensor, size: int, source: int, recipe: Recipe, like: Tensor) -> Tensor:
     """Antialiased resampling of [start, start + length) as matrices, torch's `upsample_*2d_aa`. -> (B, size, source).
 
-    `inside` keeps the taps inside the box (crop, then resize); a negative length mirrors; the rows sum to 1, or to 0
-    where no tap is left (padding).
+    A negative length mirrors; the rows sum to 1, or to 0 where no tap is left (padding).
     """
     inverse = (size / length.abs()).clamp(max=1.0)[:, None]  # the filter widens when shrinking, never when enlarging
     taps = torch.arange(source, dtype=torch.float64) + 0.5
     centres = (start[:, None] + (torch.arange(size) + 0.5) * (length / size)[:, None]) * inverse
-    middle, reach = (start + length / 2)[:, None], length.abs()[:, None] / 2 if inside else math.inf
-    box = ((taps - middle).abs() < reach).double()
+    reach = length.abs()[:, None] / 2 if recipe.crop == "resized" else math.inf  # there, no tap outside the box
+    box = ((taps - (start + length / 2)[:, None]).abs() < reach).double()
     packed = torch.cat((taps * inverse, centres, box), 1).to(like, non_blocking=True)  # one transfer
     taps, centres, box = packed.split((source, size, source), 1)
     x = (centres[:, :, None] - taps[:, None]).abs_()
-    if kind == "bilinear":
+    if recipe.interpolation == "bilinear":
         weights = torch.addcmul(box[:, None], box[:, None], x.clamp_(max=1.0), value=-1)
     else:  # Keys 1981 with a = -1/2, as PIL and torch do it when antialiasing
         near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
@@ -175,42 +164,51 @@ def _resampling(
     return weights.div_(weights.sum(2, keepdim=True).clamp_(min=1e-6))
 
 
+def _pieces(count: int, pixels: int, device: torch.device) -> list[slice]:
+    """On a CPU, pieces of a batch small enough for the cache and for malloc to reuse; elsewhere the whole batch."""
+    length = max(1, CHUNK_PIXELS // pixels if device.type == "cpu" else count)
+    return [slice(at, at + length) for at in range(0, count, length)]
+
+
 def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Tensor:
-    """Resident path: crop, antialiased resize and flip as two matrix products; a float input keeps its dtype and range.
+    """Resident path: crop, antialiased resize and flip as two matrix products; float images keep dtype and range.
 
     images: (B, 3, H, W) uint8, any device -> (B, 3, size, size) float32 in [0, 1].
     """
-    height, width = images.shape[2:]
-    x = images if images.is_floating_point() else images.float().div_(255)
-    if recipe.crop == "centre" and recipe.crop_pct == 1 and height == width == size:
-        return x.where(~params.flip.to(x.device)[:, None, None, None], x.flip(3)) if recipe.flip else x
+    count, _, height, width = images.shape
+    gain, dtype = (1.0, images.dtype) if images.is_floating_point() else (255.0, torch.float32)
+    if recipe.crop == "centre" and recipe.crop_pct == 1 and height == width == size and not recipe.flip:
+        return images / gain
     top, left, h, w = params.box.unbind(1)
     left, w = torch.where(params.flip, left + w, left), torch.where(params.flip, -w, w)
-    inside, kind = recipe.crop == "resized", recipe.interpolation
-    rows = _resampling(top, h, size, height, inside, x, kind)
-    columns = _resampling(left, w, size, width, inside, x, kind)
-    x = torch.bmm(x.reshape(len(x), 3 * height, width), columns.transpose(1, 2))
-    rows = rows[:, None].expand(-1, 3, -1, -1).reshape(-1, size, height)  # matmul would broadcast far more slowly
-    x = torch.bmm(rows, x.view(-1, height, size)).view(len(images), 3, size, size)
-    return x.clamp_(0, 1) if kind == "bicubic" else x
+    out = images.new_empty(count, 3, size, size, dtype=dtype)
+    for at in _pieces(count, max(height * width, size * size), images.device):
+        y = images[at].to(dtype)
+        rows = _resampling(top[at], h[at], size, height, recipe, y)
+        columns = _resampling(left[at], w[at], size, width, recipe, y)
+        y = torch.bmm(y.reshape(-1, 3 * height, width), columns.mT).view(-1, height, size)
+        rows = rows[:, None].expand(-1, 3, -1, -1).reshape(-1, size, height)  # matmul would broadcast far more slowly
+        torch.div(torch.bmm(rows, y).view(-1, 3, size, size), gain, out=out[at])
+    return out.clamp_(0, 1) if recipe.interpolation == "bicubic" else out  # only it overshoots
 
 
 def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe) -> Tensor:
-    """Streamed path, in a worker: the same boxes with torchvision's uint8 kernels. (3, H, W) -> (3, size, size) uint8."""
+    """Streamed path, in a worker: the same boxes, torch's uint8 kernels. (3, H, W) -> (3, size, size) uint8."""
     mode = InterpolationMode(recipe.interpolation)
     if recipe.crop == "centre":
         out = tvf.center_crop(tvf.resize(image, [int(size / recipe.crop_pct)], mode, antialias=True), [size, size])
     else:
         top, left, height, width = (int(v) for v in params.box[row])
         out = tvf.crop(image, top, left, height, width)  # zeros outside, which only "padded" reaches
+        out = out[None].contiguous(memory_format=torch.channels_last)[0]  # the layout that torch's uint8 kernel likes
         out = tvf.resize(out, [size, size], mode, antialias=True)
-    return out.flip(2) if params.flip[row] else out.clone()
+    return (out.flip(2) if params.flip[row] else out).contiguous()
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(N, 3, S, S) -> (N, S, S)."""
+    """ITU-R 601 with torchvision's digits. (N, 3, ...) -> (N, ...)."""
     r, g, b = x.unbind(1)
-    return (r * GREY_WEIGHTS[0]).add_(g, alpha=GREY_WEIGHTS[1]).add_(b, alpha=GREY_WEIGHTS[2])
+    return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def _brightness(x: Tensor, factor: Tensor) -> None:
@@ -218,8 +216,8 @@ def _brightness(x: Tensor, factor: Tensor) -> None:
 
 
 def _contrast(x: Tensor, factor: Tensor) -> None:
-    mean = _luma(x.mean((2, 3), keepdim=True))[:, None]  # the mean of the grey image: both are linear
-    x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+    mean = _luma(x.mean((2, 3)))[:, None, None, None]  # the mean of the grey image: both are linear
+    x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> None:
@@ -228,48 +226,50 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
 
 
 def _hue(x: Tensor, turn: Tensor) -> None:
-    """Turn the hue hexagon without building HSV: value and chroma stay, so only the angle is needed, in sixths."""
+    """Turn the hue hexagon without building HSV: value and chroma stay, so only the angle is needed."""
     r, g, b = x.unbind(1)
     high, low = torch.maximum(g, b), torch.minimum(g, b)
-    high, low = torch.maximum(high, r, out=high), torch.minimum(low, r, out=low)
-    chroma = high - low
-    # The angle away from red is 1 + (g + b - r - min) / chroma in all six sextants; the side is the sign of g - b.
-    angle = torch.add(g, b, out=high).sub_(r).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
-    angle = angle.copysign_(g - b).add_(turn[:, 0] * 6)
-    angle.sub_((angle / 6).floor_(), alpha=6)
-    # On [0, 6]: r = min + chroma * sat(|a - 3| - 1), g = min + chroma * sat(2 - |a - 2|), b likewise around 4.
-    low.sub_(chroma)
-    torch.addcmul(low, chroma, (angle - 3).abs_().clamp_(1, 2), out=r)
-    low.add_(chroma, alpha=3)
-    torch.addcmul(low, chroma, (angle - 2).abs_().clamp_(1, 2), value=-1, out=g)
-    torch.addcmul(low, chroma, angle.sub_(4).abs_().clamp_(1, 2), value=-1, out=b)
+    torch.maximum(high, r, out=high)
+    torch.minimum(low, r, out=low)
+    chroma = (high - low).mul_(6).clamp_min_(1e-12)  # six times it: the angle is in turns, so that frac_ wraps it
+    # Away from red the angle is 1/6 + (g + b - r - min) / (6 chroma) in all sextants; its side is the sign of g - b.
+    angle = torch.add(g, b, out=high).sub_(r).sub_(low).div_(chroma).add_(1 / 6)
+    angle.copysign_(g - b).add_(turn[:, 0] + 1).frac_()
+    # Back: r = min + chroma (6 t(1/2) - 1), g, b = min + chroma (2 - 6 t(1/3, 2/3)); t(c): |angle - c| in [1/6, 1/3].
+    third, sixth = 1 / 3, 1 / 6
+    low.sub_(chroma, alpha=sixth)
+    torch.addcmul(low, chroma, (angle - 0.5).abs_().clamp_(sixth, third), out=r)
+    low.add_(chroma, alpha=0.5)
+    torch.addcmul(low, chroma, (angle - third).abs_().clamp_(sixth, third), value=-1, out=g)
+    torch.addcmul(low, chroma, angle.sub_(2 * third).abs_().clamp_(sixth, third), value=-1, out=b)
     x.clamp_(0, 1)  # rounding may leave [0, 1]
 
 
 def _grey(x: Tensor, rows: Tensor) -> None:
+    """Some of the samples in place. x: (N, 3, S, S), rows: (M,)."""
     x.index_copy_(0, rows, _luma(x.index_select(0, rows))[:, None].expand(-1, 3, -1, -1))
 
 
 JITTER = (_brightness, _contrast, _saturation, _hue)
 
 
-def _jitter(x: Tensor, factors: Tensor, order: Tensor) -> None:
+def _jitter(x: Tensor, factors: Tensor, order: Tensor, gather: bool) -> None:
     """ColorJitter in place with an order per sample. x: (N, 3, S, S), factors: (N, 4), order: (N, 4) sorted, CPU."""
     factors = factors.to(x, non_blocking=True)[:, :, None, None, None]
-    grouped = order.argsort(dim=0, stable=True).to(x.device, non_blocking=True)
-    for place in range(4):
-        if x.is_cuda:  # few launches: one per operation, over gathered samples
-            counts = order[:, place].bincount(minlength=4).tolist()
-            for op, rows in enumerate(grouped[:, place].split(counts)):
+    if gather:  # for a GPU, few launches: one per place and operation, over gathered samples
+        grouped = order.argsort(dim=0, stable=True).to(x.device, non_blocking=True)
+        for place in range(4):
+            for op, rows in enumerate(grouped[:, place].split(order[:, place].bincount(minlength=4).tolist())):
                 part = x.index_select(0, rows)
                 JITTER[op](part, factors[rows, op])
                 x.index_copy_(0, rows, part)
-        else:  # few copies: sorted by order, the samples that share an operation are a few slices
-            runs, counts = order[:, place].unique_consecutive(return_counts=True)
-            start = 0
-            for op, count in zip(runs.tolist(), counts.tolist(), strict=True):
-                JITTER[op](x[start : start + count], factors[start : start + count, op])
-                start += count
+        return
+    for ops in order.T.tolist():  # for a CPU, no copies: in sorted rows, those that share an operation are few slices
+        start = 0
+        for op, run in groupby(ops):
+            stop = start + len(list(run))
+            JITTER[op](x[start:stop], factors[start:stop, op])
+            start = stop
 
 
 @lru_cache(maxsize=8)
@@ -287,31 +287,36 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     weights = (torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1) / sigma[:, None]).square().mul(-0.5).softmax(1)
     band = weights.to(x, non_blocking=True) @ _blur_basis(size, x.dtype, x.device)
     band = band.view(-1, 1, size, size).expand(-1, 3, -1, -1).reshape(-1, size, size)
-    return torch.bmm(torch.bmm(band, x.reshape(-1, size, size)), band.transpose(1, 2)).view_as(x)
+    block = size if x.is_cuda or size <= 32 else 16  # on a CPU, most of a large band is zeros not worth multiplying
+    cuts = [(at, at + block, max(0, at - BLUR_RADIUS), at + block + BLUR_RADIUS) for at in range(0, size, block)]
+    x = x.reshape(-1, size, size)
+    x = torch.cat([torch.bmm(band[:, a:b, lo:hi], x[:, lo:hi]) for a, b, lo, hi in cuts], 1)
+    x = torch.cat([torch.bmm(x[:, :, lo:hi], band[:, a:b, lo:hi].mT) for a, b, lo, hi in cuts], 2)
+    return x.view(-1, 3, size, size)
 
 
 def colour_batch(x: Tensor, params: Params, recipe: Recipe) -> Tensor:
     """Jitter, grey, channel permutation and blur on x's device. (B, 3, S, S) in [0, 1] -> same."""
     if not (any(recipe.jitter) or recipe.grey or recipe.blur or recipe.permute):
         return x
-    code = torch.where(params.jitter, (params.order * torch.tensor((64, 16, 4, 1))).sum(1), 256)
-    by_order = code.argsort(stable=True)
-    piece = len(x) if x.is_cuda else max(1, CHUNK_PIXELS // x.shape[-1] ** 2)
-    out = torch.empty_like(x)
-    for rows in by_order.split(piece):
-        grey, blurred = params.grey[rows].nonzero()[:, 0], (params.sigma[rows] > 0).nonzero()[:, 0]
-        there, grey, there_blurred = (i.to(x.device, non_blocking=True) for i in (rows, grey, blurred))
-        y = x.index_select(0, there)
-        if recipe.grey_first:
-            _grey(y, grey)
+    code = torch.where(params.jitter, (params.order * torch.tensor((64, 16, 4, 1))).sum(1), 256)  # unjittered last
+    by_order, out = code.argsort(stable=True), torch.empty_like(x)
+    for at in _pieces(len(x), x.shape[-1] ** 2, x.device):
+        rows = by_order[at]
         jittered = rows[params.jitter[rows]]
-        _jitter(y[: len(jittered)], params.factors[jittered], params.order[jittered])
-        if not recipe.grey_first:
+        indices = (rows, params.grey[rows].nonzero()[:, 0], params.sigma[rows].nonzero()[:, 0])
+        there, grey, blurred = (i.to(x.device, non_blocking=True) for i in indices)
+        y = x.index_select(0, there)
+        if len(grey) and recipe.grey_first:
+            _grey(y, grey)
+        if len(jittered):
+            _jitter(y[: len(jittered)], params.factors[jittered], params.order[jittered], gather=x.is_cuda)
+        if len(grey) and not recipe.grey_first:
             _grey(y, grey)
         if recipe.permute:
             channels = params.permutation[rows].to(x.device, non_blocking=True)
             y = y.gather(1, channels[:, :, None, None].expand_as(y))
-        if recipe.blur:
-            y.index_copy_(0, there_blurred, _blur(y.index_select(0, there_blurred), params.sigma[rows[blurred]]))
+        if len(blurred):
+            y.index_copy_(0, blurred, _blur(y.index_select(0, blurred), params.sigma[rows[indices[2]]]))
         out.index_copy_(0, there, y)
     return out

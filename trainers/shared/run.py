@@ -1,0 +1,359 @@
+"""A run's folder: log, signals, atomic checkpoints, exact resume. A chapter of hub.py."""
+
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+from torch import Tensor, nn
+
+import common
+
+
+class Run:
+    """A run's folder, log, progress, stop signals and checkpoints; made once at the top of `main`.
+
+    Writes args.json, environment.json and the trainer's own source, refuses a folder that holds another run, seeds
+    every generator and checks that the launcher's processes see each other. Raises SystemExit with the remedy.
+    """
+
+    def __init__(self, args, trainer_file: str, accelerator: Accelerator):
+        self.dir, self.args, self.accelerator = Path(args.run_dir), args, accelerator
+        world = accelerator.num_processes
+        if world != int(os.environ.get("WORLD_SIZE", 1)):
+            raise SystemExit(
+                f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
+                f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
+            )
+        positive = ("batch_size", "image_size", "save_every", "keep", "log_every")
+        common.check_positive(args, *(name for name in positive if hasattr(args, name)))
+        not_negative = ("num_workers", "bn_group_size", "total_steps")
+        common.check_positive(args, *(name for name in not_negative if hasattr(args, name)), least=0)
+        if args.batch_size % world:
+            raise SystemExit(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
+        found = [name for name in ("step_*", "metrics.jsonl", "results.json") if any(self.dir.glob(name))]
+        if self.same_everywhere(bool(found)) and not getattr(args, "resume", False):
+            remedy = "--resume it, or choose" if hasattr(args, "resume") else "choose"
+            raise SystemExit(f"--run-dir {self.dir}: holds a run already: {remedy} another folder")
+        if args.tracker != "none" and [t.value for t in accelerator.log_with] != [args.tracker]:
+            raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
+        if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+            torch.set_num_threads(common.available_cores())  # `accelerate launch` leaves a CPU run a single thread
+        set_seed(args.seed, device_specific=False)
+        self._stop_group = dist.new_group(backend="gloo") if world > 1 else None  # asks without a wait for the GPU
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & set(os.environ)
+        self._parent = os.getppid() if launched else None
+        self._start = self._first_step = self._total = self._images = 0
+        self._bar = None
+        self._first_bad: Tensor | None = None
+        if accelerator.is_main_process:
+            self._write_facts(trainer_file)
+        if args.tracker != "none":
+            simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
+            accelerator.init_trackers(self.dir.name, config=simple)
+
+    def _write_facts(self, trainer_file: str) -> None:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "args.json").write_text(json.dumps(vars(self.args), indent=2, default=str) + "\n")
+            shutil.copy(trainer_file, self.dir)
+            git = ["git", "-C", str(common.ROOT), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+            device = self.accelerator.device
+            facts = {
+                "trainer": Path(trainer_file).stem,
+                "commit": commit,
+                "num_processes": self.accelerator.num_processes,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+                "threads": torch.get_num_threads(),
+                "mixed_precision": self.accelerator.mixed_precision,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "timm": timm.__version__,
+            }
+            (self.dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            raise SystemExit(f"--run-dir {self.dir}: not writable ({error.strerror}); choose another folder") from None
+
+    def same_everywhere(self, value):
+        """The main process's value on every process: what is on disk may differ from one look to the next."""
+        if self.accelerator.num_processes == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, from the main process, above the progress bar if there is one."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+
+    # --- signals ---
+
+    def _on_signal(self, number: int, _) -> None:
+        self._signal = number
+
+    def stop_requested(self) -> bool:
+        """True on every process at once after SIGTERM or SIGUSR1, or once the launcher is gone; ask once per step."""
+        if self._parent and os.getppid() != self._parent:
+            self._signal = signal.SIGTERM
+        if self._stop_group is None:
+            return bool(self._signal)
+        flag = torch.tensor([self._signal])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
+        return bool(flag)
+
+    # --- log ---
+
+    def start(self, first_step: int, total_steps: int, data: common.Batches | None = None) -> range:
+        """The steps to do; forgets logged steps that a resumed run does again, and states what runs where."""
+        if total_steps < 1:
+            raise SystemExit(f"--epochs {self.args.epochs}: must give at least one step; or set --total-steps")
+        self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
+        self._images, self._last_line = self.args.batch_size, 0.0
+        if self.accelerator.is_main_process:
+            log = self.dir / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
+            if len(kept) != len(lines):
+                log.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
+                os.replace(log.with_suffix(".tmp"), log)
+            if data is not None:
+                how = (
+                    "resident (decoded once, in memory)" if data.resident else f"streamed ({data.num_workers} workers)"
+                )
+                self.say(f"data: {data.source.name}, {len(data.source)} images, {how}")
+                side = max(size for _, size in data.views)
+                if side <= 64 and getattr(self.args, "small_images", True) is False and self.args.data != "digits":
+                    self.say(f"images of {side} px: ResNets learn better with --small-images (3x3 stem, no max-pool)")
+            processes, threads = self.accelerator.num_processes, torch.get_num_threads()
+            self.say(f"{total_steps - first_step} steps from {first_step} on {processes} x {self.accelerator.device}"
+                     f" ({threads} threads, precision {self.accelerator.mixed_precision}), into {self.dir}")  # fmt: skip
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        return range(first_step, total_steps)
+
+    def watch(self, step: int, loss: Tensor) -> None:
+        """Remember, on the device and without waiting for it, the first step whose loss was not finite."""
+        bad = torch.where(loss.detach().isfinite().all(), torch.inf, float(step)).to(torch.float64)
+        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+
+    def check(self) -> None:
+        """Stop with the step's number if a watched loss was not finite."""
+        if self._first_bad is not None and math.isfinite(first := self._first_bad.item()):
+            raise SystemExit(
+                f"step {int(first)}: the loss is not finite. A learning rate far too high, or fp16 overflow: lower "
+                f"--base-lr, or use bf16; --resume goes back to the newest checkpoint in {self.dir}"
+            )
+
+    def log_due(self, step: int) -> bool:
+        if self._bar is not None:
+            self._bar.update()
+        return step % self.args.log_every == 0 or step + 1 == self._total
+
+    def log(self, step: int, **metrics: float | Tensor) -> dict[str, float]:
+        """Append one line to metrics.jsonl; tensors are averaged over the processes. Returns plain numbers."""
+        self.check()
+        names = [k for k, v in metrics.items() if isinstance(v, Tensor)]
+        if names:
+            values = torch.stack([metrics[k].detach().double().mean() for k in names])
+            if self.accelerator.num_processes > 1:
+                values = self.accelerator.reduce(values, "mean")
+            metrics |= dict(zip(names, values.tolist(), strict=True))
+        if self.accelerator.is_main_process:
+            done, seconds = step + 1 - self._first_step, time.perf_counter() - self._start
+            rate = done * self._images / seconds
+            try:
+                with open(self.dir / "metrics.jsonl", "a") as f:
+                    f.write(json.dumps({"step": step, **metrics, "images_per_s": round(rate, 1)}) + "\n")
+            except OSError as error:
+                raise SystemExit(f"{self.dir}: no log written ({error.strerror}); free space, then --resume") from None
+            left = (self._total - step - 1) * seconds / done
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"{shown}  {rate:.0f} images/s")
+            elif seconds - self._last_line > 10 or step + 1 == self._total:  # a log file needs no line per step
+                self._last_line = seconds
+                self.say(f"step {step + 1}/{self._total}  {shown}  {rate:.0f} images/s  {left / 60:.1f} min left")
+            if self.args.tracker != "none":
+                self.accelerator.log(metrics, step=step)
+        return metrics
+
+    # --- checkpoints ---
+
+    def save(self, step: int, state: dict, backbone: nn.Module | None) -> None:
+        """Write step_<step>/ whole or not at all: everything in `state`, every process's RNG, `backbone` for releases.
+
+        `state` maps names to modules, optimisers or tensors; an evaluation has no backbone to release: None. Older
+        checkpoints beyond --keep go once the new one is in place. A full disk stops the run and leaves the previous
+        checkpoint.
+        """
+        self.check()
+        rng = {"python": random.getstate(), "numpy": _numpy_rng(), "torch": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        everyone = [rng]
+        if self.accelerator.num_processes > 1:
+            everyone = [None] * self.accelerator.num_processes
+            dist.all_gather_object(everyone, rng)
+        if self.accelerator.is_main_process:
+            target, beside = self.dir / f"step_{step:08d}", self.dir / f".step_{step:08d}"
+            content = {name: self._content(value) for name, value in state.items()}
+            if self.accelerator.scaler is not None:
+                content["grad_scaler"] = self.accelerator.scaler.state_dict()
+            try:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
+                if backbone is not None:
+                    save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
+                for file in beside.iterdir():
+                    with open(file, "rb") as f:
+                        os.fsync(f.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(beside, target)
+            except Exception as error:  # a full disk is an OSError, torch's RuntimeError or safetensors' own
+                shutil.rmtree(beside, ignore_errors=True)
+                raise SystemExit(
+                    f"{target}: the checkpoint could not be written ({common.first_line(error)}); free space in {self.dir}, "
+                    "then --resume continues from the checkpoint before"
+                ) from None
+            for old in checkpoints(self.dir)[self.args.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _content(self, value):
+        if isinstance(value, nn.Module):
+            return self.accelerator.unwrap_model(value).state_dict()
+        return value.state_dict() if hasattr(value, "state_dict") else value
+
+    def resume(self, state: dict) -> int:
+        """Load the newest whole checkpoint into `state` and the generators; returns the step to go on with."""
+        step, problem = 0, ""
+        for folder in self.same_everywhere(checkpoints(self.dir)):
+            try:
+                saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged archive raises whatever its reader meets first
+                problem = f"{folder.name} is not whole ({common.first_line(error)})"
+                self.say(f"{problem}: trying the one before")
+                continue
+            step = saved["step"]
+            break
+        if not step:
+            raise SystemExit(
+                f"--resume: no whole checkpoint in {self.dir}{': ' + problem if problem else ''}; start without --resume"
+            )
+        if set(saved["state"]) - {"grad_scaler"} != set(state):
+            raise SystemExit(
+                f"--resume: {folder} was written by another trainer (it holds {', '.join(saved['state'])})"
+            )
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.copy_(saved["state"][name])
+                continue
+            value = self.accelerator.unwrap_model(value) if isinstance(value, nn.Module) else value
+            try:
+                value.load_state_dict(saved["state"][name])
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()
+                raise SystemExit(
+                    f"--resume: {folder} does not fit these flags: {name}: {reason[min(1, len(reason) - 1)].strip()}"
+                ) from None
+        if self.accelerator.scaler is not None and "grad_scaler" in saved["state"]:
+            self.accelerator.scaler.load_state_dict(saved["state"]["grad_scaler"])
+        if len(saved["rng"]) == self.accelerator.num_processes:
+            rng = saved["rng"][self.accelerator.process_index]
+            random.setstate(rng["python"])
+            np.random.set_state(("MT19937", rng["numpy"]["keys"].numpy().astype(np.uint32), *rng["numpy"]["rest"]))
+            torch.set_rng_state(rng["torch"])
+            if "cuda" in rng and self.accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"])
+        else:
+            self.say(
+                f"{folder.name} was written by {len(saved['rng'])} processes: dropout starts from new random numbers"
+            )
+        self.say(f"resumed from {folder} at step {step}")
+        return step
+
+    def stop(self, step: int) -> None:
+        """End a run that was asked to stop, after its checkpoint: exit code 143, so that a scheduler requeues it."""
+        self.say(f"stopped by a signal after step {step}; --resume continues from {self.dir / f'step_{step:08d}'}")
+        if self._bar is not None:
+            self._bar.close()
+        sys.exit(143)
+
+    def record_teacher(self, teacher: nn.Module) -> None:
+        """Keep what is known about the teacher, its licence above all, for the release's card."""
+        facts = ", ".join(f"{k} {v}" for k, v in teacher.facts.items())
+        self.say(f"teacher: {facts}, {teacher.num_features}-d features")
+        if self.accelerator.is_main_process:
+            (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
+
+    def finish(self, source: common.Source | None, results: dict) -> None:
+        """Close the log, write results.json and, where images could not be read, bad_images.txt."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self.accelerator.is_main_process:
+            (self.dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            if source is not None and source.bad:
+                (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
+                self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
+        self.accelerator.wait_for_everyone()
+        if self.args.tracker != "none":
+            self.accelerator.end_training()
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoint folders, newest first."""
+    return sorted((p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+
+def _numpy_rng() -> dict:
+    _, keys, *rest = np.random.get_state()
+    return {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest}
+
+
+def save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
+    """model.safetensors and config.json, as timm reads them."""
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = backbone.pretrained_cfg
+    num_classes = getattr(backbone, "num_classes", 0)
+    config = {
+        "architecture": cfg["architecture"],
+        "num_classes": num_classes,
+        "num_features": backbone.num_features,
+        "pretrained_cfg": {
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": bool(cfg.get("fixed_input_size")),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0 if image_size <= common.RESIDENT_PX else 0.875,
+            "mean": backbone.input_mean.flatten().tolist(),
+            "std": backbone.input_std.flatten().tolist(),
+            "num_classes": num_classes,
+            "pool_size": cfg.get("pool_size"),
+            "first_conv": cfg.get("first_conv"),
+            "classifier": cfg.get("classifier"),
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
