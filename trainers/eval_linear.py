@@ -181,14 +181,13 @@ def main(args: Args) -> dict[str, float]:
         network.compile()
     common.to_device(network, device)
     extract = network if args.features == "backbone" else lambda x: network.head(network(x))
-    tested = common.extract_features(
-        extract, queries, recipe, args.image_size, accelerator, num_workers=args.num_workers
-    )
+    options = {"num_workers": args.num_workers}
+    tested = common.extract_features(extract, queries, recipe, args.image_size, accelerator, **options)
     facts = ", ".join(f"{key} {value}" for key, value in network.facts.items())
     run.say(f"checkpoint: {facts}; {tested.shape[1]}-d features, {num_classes} classes")
     if args.augmentation == "none":
-        options = {"num_workers": args.num_workers}
-        cached = common.extract_features(extract, source, recipe, args.image_size, accelerator, **options).to(device)
+        cached = common.extract_features(extract, source, recipe, args.image_size, accelerator, **options)
+        cached = cached.to(device, torch.get_default_dtype())
 
     heads = Heads(tested.shape[1], num_classes, len(args.base_lrs))
     hyper = {"momentum": args.momentum, "weight_decay": args.weight_decay, "device": device}
@@ -246,7 +245,8 @@ def main(args: Args) -> dict[str, float]:
         # --- end shared block ---
 
     trained, top = accelerator.unwrap_model(heads), min(5, num_classes)
-    top1, top5 = (accuracy(trained, tested.to(device), queries.labels.to(device), n).tolist() for n in (1, top))
+    tested, labels = tested.to(device, torch.get_default_dtype()), queries.labels.to(device)
+    top1, top5 = (accuracy(trained, tested, labels, n).tolist() for n in (1, top))
     best = top1.index(max(top1))
     figures = {"top1": top1[best], "top5": top5[best], "best_base_lr": args.base_lrs[best]}
     run.say(
