@@ -23,6 +23,7 @@ from torch import nn
 import common
 import hub
 from trainers import eval_knn, eval_linear
+from trainers.shared import sources
 from trainers.shared.run import save_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ torch.set_num_threads(1)
 def digits_once():
     """Every run of a trainer opens the embedded digits: draw them once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "_digits", functools.cache(common._digits))
+        patch.setattr(sources, "_digits", functools.cache(sources._digits))
         yield
 
 
@@ -385,7 +386,7 @@ ERRORS = [
     (BOTH, {"query_split": "nope"}, "--query-split nope: digits has train, test"),
     (BOTH, {"split": "nope"}, "--split nope: digits has train, test"),
     (BOTH[:1], {"eval_batch_size": 0}, "--eval-batch-size 0: must be at least 1"),
-    (BOTH[1:], {"batch_size": 0}, "--batch-size 0: must be a positive multiple"),
+    (BOTH[1:], {"batch_size": 0}, "--batch-size 0: must be at least 1"),
     (BOTH[:1], {"k": (1, 601)}, "--k 1 601: give numbers from 1 to 600"),
     (BOTH[:1], {"k": (0,)}, "--k 0: give numbers from 1 to 600"),
     (BOTH[:1], {"k": ()}, "--k : give numbers"),
@@ -398,7 +399,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(
-    ("make", "flags", "message"), [(m, f, t) for makers, f, t in ERRORS for m in makers], ids=lambda v: str(v)[:40]
+    ("make", "flags", "message"),
+    [(m, f, t) for makers, f, t in ERRORS for m in makers],
+    ids=lambda v: getattr(v, "__name__", str(v))[:40],
 )
 def test_mistakes_get_one_line(make, flags, message, tiny, tmp_path):
     flags = {"checkpoint": str(tiny)} | flags
@@ -433,8 +436,8 @@ def test_a_folder_with_results_is_not_overwritten(trainer, tiny, tmp_path):
     args = knn_args(tiny, tmp_path) if trainer is eval_knn else linear_args(tiny, tmp_path, total_steps=1)
     trainer.main(args)
     before = (tmp_path / "results.json").read_bytes()
-    remedy = "choose another folder" if trainer is eval_knn else "--resume continues it"
-    with pytest.raises(SystemExit, match=f"holds a run already; {remedy}"):
+    remedy = "choose another folder" if trainer is eval_knn else "--resume it, or choose"
+    with pytest.raises(SystemExit, match=f"holds a run already: {remedy}"):
         trainer.main(args)
     assert (tmp_path / "results.json").read_bytes() == before
 

@@ -44,7 +44,7 @@ class Run:
         common.check_positive(args, *(name for name in positive if hasattr(args, name)))
         not_negative = ("num_workers", "bn_group_size", "total_steps")
         common.check_positive(args, *(name for name in not_negative if hasattr(args, name)), least=0)
-        if args.batch_size % world:
+        if getattr(args, "batch_size", world) % world:
             raise SystemExit(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
         found = [name for name in ("step_*", "metrics.jsonl", "results.json") if any(self.dir.glob(name))]
         if self.same_everywhere(bool(found)) and not getattr(args, "resume", False):
