@@ -263,16 +263,16 @@ def test_gathered_jitter_is_the_same():
     """The grouping meant for a GPU, on the CPU."""
     params, x = draw(EVERYTHING, 50, 32, 32, 32), images(50, 32, 32).float() / 255
     rows = (params.order * torch.tensor((64, 16, 4, 1))).sum(1).argsort()
-    views = [x[rows].clone() for _ in range(2)]
-    for gather, view in enumerate(views):
+    pair = [x[rows].clone() for _ in range(2)]
+    for gather, view in enumerate(pair):
         views._jitter(view, params.factors[rows], params.order[rows], gather=bool(gather))
-    torch.testing.assert_close(views[0], views[1], atol=2e-6, rtol=0)
+    torch.testing.assert_close(pair[0], pair[1], atol=2e-6, rtol=0)
     everyone = replace(
         params, jitter=torch.ones(50, dtype=bool), grey=torch.zeros(50, dtype=bool), sigma=torch.zeros(50)
     )
     everyone.permutation = torch.arange(3).expand(50, 3)
     expected = reference_colours(x, everyone, EVERYTHING)[rows]
-    torch.testing.assert_close(views[1], expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(pair[1], expected, atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [30, 32, 64, 96])
@@ -308,12 +308,12 @@ def test_pixels_do_not_depend_on_the_batch(recipe, size):
 
 def test_views_and_epochs_differ():
     x, sides = images(8, 32, 32), (torch.full((8,), 32),) * 2
-    views = []
+    out = []
     for epoch, view in [(0, 0), (0, 1), (1, 0), (0, 0)]:
         params = views.sample_params(views.MOCO_V2, 0, epoch, torch.arange(8), view, *sides, 32)
-        views.append(views.colour_batch(views.crop_batch(x, params, 32, views.MOCO_V2), params, views.MOCO_V2))
-    assert torch.equal(views[0], views[3])
-    assert min((views[0] - views[i]).abs().amax((1, 2, 3)).min() for i in (1, 2)) > 0.05
+        out.append(views.colour_batch(views.crop_batch(x, params, 32, views.MOCO_V2), params, views.MOCO_V2))
+    assert torch.equal(out[0], out[3])
+    assert min((out[0] - out[i]).abs().amax((1, 2, 3)).min() for i in (1, 2)) > 0.05
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
