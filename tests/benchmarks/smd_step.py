@@ -186,7 +186,9 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], check=True)
         return
     seconds = measure(args)
-    print(f"SMD, ResNet-50 teacher, ResNet-18 student, batch {args.batch}, {args.size} px, {DEVICE}, {args.threads} thread(s)")
+    print(
+        f"SMD, ResNet-50 teacher, ResNet-18 student, batch {args.batch}, {args.size} px, {DEVICE}, {args.threads} thread(s)"
+    )
     for name, times in seconds.items():
         print(f"  {name:<20}{statistics.median(times) * 1e3:9.1f} ms/step")
     for name, other, least in (("theirs", "ours", 1.3), ("ours, fixed batch", "ours", 0.95)):
