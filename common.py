@@ -584,13 +584,21 @@ def knn_accuracy(
 
 def z_std(z: Tensor) -> Tensor:
     """Health of (B, D) embeddings: sqrt(D) x mean standard deviation of the unit vectors; 1 = spread out, 0 = collapsed."""
-    z = F.normalize(z.detach().float(), dim=1)
-    return z.std(dim=0).mean() * z.shape[1] ** 0.5
+    z = F.normalize(z.detach().double(), dim=1)
+    return z.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
 def effective_rank(z: Tensor) -> Tensor:
     """exp(entropy of the normalised singular values) of centred (B, D) embeddings (Roy & Vetterli 2007), in 1..min(B, D)."""
-    z = z.detach().float()
-    s = torch.linalg.svdvals(z - z.mean(dim=0))
+    z = z.detach().double()
+    z = z - z.mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # its eigenvalues are the squares, much sooner than an SVD
+    s = torch.linalg.eigvalsh(gram.nan_to_num()).clamp_min(0).sqrt()  # a NaN is the loss's to report
     p = s / s.sum().clamp_min(1e-12)
     return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
+
+
+def health(z: Tensor) -> dict[str, float]:
+    """z_std and effective_rank (of the first 512) of the global batch; z (B, D): this process's share. All must call it."""
+    z = gather(z.detach()).cpu()
+    return {"z_std": z_std(z).item(), "effective_rank": effective_rank(z[:512]).item()}

@@ -403,7 +403,7 @@ tags: [image-feature-extraction, timm, cleandistill, {facts.get("trainer", "")}]
 ---
 # {config["architecture"]}, {title}
 
-Trained with [cleandistill](https://github.com/cleandistill/cleandistill) ({facts.get("trainer")}.py, step {int(checkpoint.name[5:])}, commit {facts.get("commit")}).
+Trained with cleandistill ({facts.get("trainer")}.py, step {int(checkpoint.name[5:])}, commit {facts.get("commit")}).
 
 ```python
 {own}import timm

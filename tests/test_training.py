@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -76,7 +77,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(method, tmp_path, tiny_te
 
 
 def test_an_smd_student_that_gives_one_feature_is_stopped(tmp_path, tiny_teacher, monkeypatch):
-    monkeypatch.setattr(common, "z_std", lambda z: z.new_tensor(1e-4 if z.requires_grad else 0.8))
+    answers = itertools.cycle([1e-4, 0.8])  # the student's, then the teacher's
+    monkeypatch.setattr(common, "health", lambda _: {"z_std": next(answers)})
     with pytest.raises(SystemExit, match="same feature .*--base-lr"):
         tiny_run("smd", tmp_path / "run", tiny_teacher)
 
@@ -87,6 +89,9 @@ def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
     assert common.z_std(torch.ones(256, 64) + 1e-6 * z[:256]).item() < 1e-3
     assert common.effective_rank(z).item() > 60
     assert common.effective_rank(z[:, :1] * torch.ones(1, 64)).item() == pytest.approx(1, abs=1e-3)
+    share = torch.linalg.svdvals((z[:50] - z[:50].mean(0)).double())
+    share = share / share.sum()
+    assert common.effective_rank(z[:50]).item() == pytest.approx(math.exp(-(share * share.log())[:-1].sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", TRAINERS)

@@ -20,8 +20,10 @@ def in_double(method: str, processes: int) -> list[str]:
 def compare(one: list[dict], two: list[dict], steps: int, tolerance: float) -> None:
     assert len(one) == len(two) == steps
     for a, b in zip(one, two, strict=True):
-        for key in ("loss", "lr"):
-            assert b[key] == pytest.approx(a[key], rel=tolerance), f"{key} at step {a['step']}"
+        assert a.keys() == b.keys() >= {"loss", "lr"}
+        for key in a:
+            loose = 1e3 if key == "effective_rank" else 1  # the roots of eigenvalues that are zero but for rounding
+            assert b[key] == pytest.approx(a[key], rel=loose * tolerance), f"{key} at step {a['step']}"
 
 
 @pytest.mark.parametrize("method", TRAINERS)

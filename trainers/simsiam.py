@@ -204,8 +204,8 @@ def main(args: Args) -> dict[str, float]:
         run.watch(step, loss)
 
         if run.log_due(step):
-            # 1 = healthy, 0 = collapsed: the paper's std of z/||z|| times sqrt(d) [Sec. 4.1, Fig. 2 middle]
-            seen = run.log(step, loss=loss, z_std=common.z_std(z1), lr=optimizer.param_groups[0]["lr"])
+            # z_std: 1 = healthy, 0 = collapsed, the paper's std of z/||z|| times sqrt(d) [Sec. 4.1, Fig. 2 middle]
+            seen = run.log(step, loss=loss, **common.health(z1), lr=optimizer.param_groups[0]["lr"])
             # BatchNorm props up a few outliers in a collapsed batch of B: measured, z_std then stays near 2 / sqrt(B)
             floor = max(0.2, 3 / args.batch_size**0.5)
             collapsed = collapsed + 1 if seen["loss"] < -0.85 and seen["z_std"] < floor else 0

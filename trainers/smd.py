@@ -258,11 +258,10 @@ def main(args: Args) -> dict[str, float]:
         run.watch(step, loss)
 
         if run.log_due(step):
-            z = common.z_std(s1)  # 1 = spread over the sphere, 0 = all features equal; the teacher's own is the goal
+            # z_std: 1 = spread over the sphere, 0 = all features equal; the teacher's own is the goal
+            health = {**common.health(s1), "teacher_z_std": common.health(t1)["z_std"]}
             lr = optimizer.param_groups[0]["lr"]
-            seen = run.log(
-                step, loss=loss, cos_term=cosine, distill_term=metric, z_std=z, teacher_z_std=common.z_std(t1), lr=lr
-            )
+            seen = run.log(step, loss=loss, cos_term=cosine, distill_term=metric, **health, lr=lr)
             # five looks in a row: a step after the first, or a batch of one class, may well be close together
             collapsed = collapsed + 1 if seen["z_std"] < 0.02 * min(1, seen["teacher_z_std"]) else 0
             if collapsed == 5:

@@ -144,7 +144,7 @@ def set_batch_norm_groups(model: nn.Module, group_size: int, batch_size: int) ->
         )
     if group_size == batch_size and world == 1:
         return model
-    if group_size == batch_size and torch.cuda.is_available():
+    if group_size == batch_size and "nccl" in dist.get_backend():
         return convert_sync_batchnorm(model)
     process_group = None
     if share < group_size < batch_size:  # every process takes part in making every group

@@ -154,7 +154,7 @@ class Run:
 
     def watch(self, step: int, loss: Tensor) -> None:
         """Remember, on the device and without waiting for it, the first step whose loss was not finite."""
-        bad = torch.where(loss.detach().isfinite().all(), torch.inf, float(step)).to(torch.float64)
+        bad = torch.where(loss.detach().isfinite().all(), torch.inf, float(step))
         self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
 
     def check(self) -> None:
@@ -175,7 +175,7 @@ class Run:
         self.check()
         names = [k for k, v in metrics.items() if isinstance(v, Tensor)]
         if names:
-            values = torch.stack([metrics[k].detach().double().mean() for k in names])
+            values = torch.stack([metrics[k].detach().mean() for k in names])
             if self.accelerator.num_processes > 1:
                 values = self.accelerator.reduce(values, "mean")
             metrics |= dict(zip(names, values.tolist(), strict=True))
