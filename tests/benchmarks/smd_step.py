@@ -2,6 +2,7 @@
 
     python tests/benchmarks/smd_step.py [--rounds 12] [--threads 1]      # time: ours, ours without data, theirs
     python tests/benchmarks/smd_step.py --memory                         # peak memory, each alone in a process
+    ACCELERATE_MIXED_PRECISION=bf16 python tests/benchmarks/smd_step.py       # ours in bf16, as the launcher asks for it
 
 "Ours" is `trainers/smd.py` itself, `main` and all: between its steps this file takes the clock and runs the other side.
 "Ours, fixed batch" is the same step on one batch that was made beforehand: what is lost to the data. "Theirs" follows
