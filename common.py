@@ -542,44 +542,55 @@ def knn_accuracy(
     temperature: float = 0.07,
     vote: Literal["weighted", "majority"] = "weighted",
     metric: Literal["cosine", "euclidean"] = "cosine",
-    chunk: int = 512,
+    chunk: int = 1024,
 ) -> float | dict[int, float]:
     """Top-1 accuracy in percent of k-nearest-neighbour classification; for several k a dict {k: accuracy}.
 
     gallery (N, D), queries (M, D), labels (N,) and (M,). "weighted" votes with exp(similarity / temperature) (Wu et al.
     2018, arXiv:1805.01978, Sec. 3.4), similarity being the cosine or minus the squared distance; "majority" counts
-    each neighbour once. Equal votes go to the smallest label. Exact; memory is bounded by `chunk` x 50,000 scores
+    each neighbour once. Equal votes go to the smallest label. Exact; memory is bounded by `chunk` x 10,000 scores
     whatever the gallery. Raises ValueError for a k above N.
     """
     ks = [k] if isinstance(k, int) else list(k)
     if max(ks) > len(gallery):
         raise ValueError(f"k = {max(ks)} neighbours of a gallery of {len(gallery)}")
     num_classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
-    if metric == "cosine":
-        gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
+    best, neighbour = _nearest(gallery, queries, max(ks), metric, chunk)  # (M, max k) each
+    # relative to the nearest neighbour: only ratios count, and exp overflows below temperature 0.012
+    weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else torch.ones_like(best)
     correct = dict.fromkeys(ks, 0)
-    for query, target in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
-        best, neighbour = None, None
-        for start in range(0, len(gallery), 50_000):
-            part = gallery[start : start + 50_000]
-            score = query @ part.T
-            if metric == "euclidean":
-                score = score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))
-            top, index = score.topk(min(max(ks), len(part)), dim=1)
-            index += start
-            if best is not None:
-                top, index = torch.cat([best, top], 1), torch.cat([neighbour, index], 1)
-                top, order = top.topk(min(max(ks), top.shape[1]), dim=1)
-                index = index.gather(1, order)
-            best, neighbour = top, index
-        # relative to the nearest neighbour: only ratios count, and exp overflows below temperature 0.012
-        weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else torch.ones_like(best)
-        label = gallery_labels.to(best.device)[neighbour]
+    for w, near, target in zip(weight.split(chunk), neighbour.split(chunk), query_labels.split(chunk), strict=True):
+        label = gallery_labels.to(w.device)[near]
         for number in ks:
-            votes = best.new_zeros(len(query), num_classes).scatter_add_(1, label[:, :number], weight[:, :number])
-            correct[number] += int((votes.argmax(1) == target.to(votes.device)).sum())
+            votes = w.new_zeros(len(w), num_classes).scatter_add_(1, label[:, :number], w[:, :number])
+            correct[number] += int((votes.argmax(1) == target.to(w.device)).sum())
     accuracy = {number: 100.0 * hits / len(queries) for number, hits in correct.items()}
     return accuracy[k] if isinstance(k, int) else accuracy
+
+
+def _nearest(gallery: Tensor, queries: Tensor, k: int, metric: str, chunk: int, block=10_000) -> tuple[Tensor, Tensor]:
+    """The k greatest similarities of every query and where in the gallery they are, both (M, k), best first."""
+    if metric == "cosine":
+        queries = F.normalize(queries, dim=1)
+    best = queries.new_full((len(queries), k), -torch.inf)
+    neighbour = torch.zeros_like(best, dtype=torch.long)
+    scores = queries.new_empty(
+        min(chunk, len(queries)), min(block, len(gallery))
+    )  # new memory each time costs a third
+    for start in range(0, len(gallery), block):
+        part = gallery[start : start + block]
+        part = F.normalize(part, dim=1) if metric == "cosine" else part
+        for at in range(0, len(queries), chunk):
+            rows = slice(at, at + chunk)
+            query = queries[rows]
+            score = torch.mm(query, part.T, out=scores[: len(query), : len(part)])
+            if metric == "euclidean":
+                score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))
+            top, index = score.topk(min(k, len(part)), dim=1)
+            found = torch.cat([neighbour[rows], index + start], 1)
+            best[rows], order = torch.cat([best[rows], top], 1).topk(k, dim=1)
+            neighbour[rows] = found.gather(1, order)
+    return best, neighbour
 
 
 def z_std(z: Tensor) -> Tensor:

@@ -22,7 +22,10 @@ def pil(data: bytes) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("data", "count", "side", "classes", "column"),
-    [("cifar10/test.parquet", 10_000, 32, 10, "img"), ("tiny-imagenet-100/validation.parquet", 2500, 64, 100, "image")],
+    [
+        ("cifar10/test.parquet", 10_000, 32, 10, "img"),
+        ("tiny-imagenet-100/validation.parquet", 2500, 64, 100, "image"),
+    ],
 )
 def test_real_images_of_a_parquet_file_are_resident(data, count, side, classes, column, real_images):
     source = common.open_source(str(real_images / data))
