@@ -90,19 +90,19 @@ def resident(rounds: int, batch: int) -> None:
 
     def ours(step: int) -> list[Tensor]:
         indices = torch.arange(step * batch, (step + 1) * batch)
-        views = []
+        out = []
         for view in range(2):
             params = views.sample_params(RECIPE, 0, 0, indices, view, sides, sides, 32)
             x = views.crop_batch(images[indices], params, 32, RECIPE)
-            views.append(normalise(views.colour_batch(x, params, RECIPE)))
-        return views
+            out.append(normalise(views.colour_batch(x, params, RECIPE)))
+        return out
 
     def theirs(step: int, decode: bool) -> list[Tensor]:
-        views = []
+        out = []
         for i in range(step * batch, (step + 1) * batch):
             image = Image.open(io.BytesIO(encoded[i])).convert("RGB") if decode else opened[i]
-            views.append((pipeline(image), pipeline(image)))
-        return [torch.stack(v) for v in zip(*views, strict=True)]
+            out.append((pipeline(image), pipeline(image)))
+        return [torch.stack(v) for v in zip(*out, strict=True)]
 
     seconds = measure(
         {"official": lambda s: theirs(s, True), "official, decoded": lambda s: theirs(s, False), "ours": ours}, rounds
@@ -130,20 +130,20 @@ def streamed(rounds: int) -> None:
 
     def whole(step: int) -> list[Tensor]:
         crops = worker(step)
-        views = []
+        out = []
         for view in range(2):
             crop = torch.stack([c for _, c in crops[view::2]])
             ones = torch.ones(count, dtype=torch.int64)
             params = views.sample_params(RECIPE, 0, step, torch.arange(count), view, ones, ones, 224)  # boxes unused
-            views.append(normalise(views.colour_batch(crop.float().div_(255), params, RECIPE)))
-        return views
+            out.append(normalise(views.colour_batch(crop.float().div_(255), params, RECIPE)))
+        return out
 
     def theirs(step: int) -> list[Tensor]:
-        views = []
+        out = []
         for raw in encoded:
             image = Image.open(io.BytesIO(raw)).convert("RGB")
-            views.append((pipeline(image), pipeline(image)))
-        return [torch.stack(v) for v in zip(*views, strict=True)]
+            out.append((pipeline(image), pipeline(image)))
+        return [torch.stack(v) for v in zip(*out, strict=True)]
 
     seconds = measure({"official": theirs, "ours, worker": worker, "ours, worker and colours": whole}, rounds)
     title = f"224 px streamed, {count} photographs, {torch.get_num_threads()} thread(s)"
