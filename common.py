@@ -54,6 +54,8 @@ from trainers.shared.views import (
     crop_batch,
     crop_one,
     sample_params,
+    ssl_small,
+    uniforms,
 )
 
 ROOT = Path(__file__).resolve().parent

@@ -87,7 +87,7 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     """Run `trainer` over the recorded steps; {"loss": [...], ...}, one list per logged metric.
 
     `flags` are fields of the trainer's Args and override what the record says (architectures, learning rate, batch).
-    Also returned: "final_l2", {official parameter name: norm after the last step}, and "buffers" likewise.
+    Also returned, after the last step: "final_l2", {official parameter name: norm}, "buffers" likewise, "queue".
     """
     trainer = importlib.import_module(f"trainers.{trainer}") if isinstance(trainer, str) else trainer
     npz_path = Path(npz_path)
@@ -96,7 +96,7 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     if "images" in arrays:
         images = arrays["images"]
     else:
-        shape = [steps, *([record["views"]] if record.get("views", 1) > 1 else []), batch, *record["image_shape"]]
+        shape = [int(n) for n in re.search(r"randn\(([\d,]+)\)", record["images"])[1].split(",")]
         images = np.random.RandomState(0).randn(*shape).astype(np.float32)
     optimizer = record["optimizer"]
     epoch = int(re.search(r"epoch (\d+)", optimizer)[1]) if "epoch" in optimizer else 0
@@ -107,9 +107,18 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     known = {
         "data": "recorded", "student": model, "backbone": model, "teacher": teacher, "image_size": images.shape[-1],
         "batch_size": batch, "base_lr": lr * 256 / batch, "group_size": 0, "epochs": 100.0, "total_steps": steps,
-        "log_every": 1, "save_every": 10**6, "num_workers": 0,
+        "log_every": 1, "save_every": 10**6, "num_workers": 0, "queue_length": record.get("queue_length"),
+        "bn_group_size": 0,
     }  # fmt: skip
     prepared: list[nn.Module] = []
+    encoder = "encoder_q" if "queue_length" in record else "encoder"  # what the authors call it
+
+    def rename(name: str) -> str:
+        return official_name(name).replace("encoder.", f"{encoder}.", 1)
+
+    def initial_queue(length: int, dim: int) -> torch.Tensor:
+        draw = np.random.RandomState(zlib.crc32(b"queue")).standard_normal((dim, length))
+        return torch.from_numpy((draw / np.sqrt((draw**2).sum(0, keepdims=True))).astype(np.float32)).T.double()
 
     def load_teacher(spec: str, **_) -> hub.Teacher:
         backbone = plain_backbone(spec)
@@ -121,7 +130,7 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     def prepare(self, *objects, **options):
         for module in objects:
             if isinstance(module, nn.Module):
-                initialise(module)
+                initialise(module, rename)
                 prepared.append(module)
         return original_prepare(self, *objects, **options)
 
@@ -130,7 +139,7 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
         run_dir = Path(folder) / "run"
         args = trainer.Args(**{**{k: v for k, v in known.items() if k in fields}, "run_dir": run_dir, **flags})
         batches = RecordedBatches(images, epoch, args.epochs)
-        source = mock.MagicMock(labels=None, bad={})
+        source = mock.MagicMock(labels=None, bad={}, __len__=lambda _: 10**6)
         replacements = [
             (common, "open_source", lambda data, role="train", **_: source if role == "train" else None),
             (common, "Batches", lambda *_, **__: batches),
@@ -138,6 +147,8 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
             (hub, "load_teacher", load_teacher),
             (Accelerator, "prepare", prepare),
         ]
+        if hasattr(trainer, "initial_queue"):
+            replacements.append((trainer, "initial_queue", initial_queue))
         for owner, name, value in replacements:
             stack.enter_context(mock.patch.object(owner, name, value))
         torch.set_default_dtype(torch.float64)
@@ -148,8 +159,16 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
             torch.set_default_dtype(dtype)
             torch.set_num_threads(threads)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        saved = torch.load(hub.checkpoints(run_dir)[0] / "state.pt", weights_only=True)["state"]
     assert len(lines) == steps, f"{len(lines)} of {steps} recorded steps were logged"
     result: dict = {key: [line[key] for line in lines] for key in lines[0]}
-    result["final_l2"] = {official_name(n): p.norm().item() for m in prepared for n, p in m.named_parameters()}
-    result["buffers"] = {official_name(n): b.clone() for m in prepared for n, b in m.named_buffers()}
+    result["final_l2"] = {rename(n): p.norm().item() for m in prepared for n, p in m.named_parameters()}
+    result["buffers"] = {rename(n): b.clone() for m in prepared for n, b in m.named_buffers()}
+    for name, tensor in saved.get("encoder_k", {}).items():  # a momentum encoder is not prepared: no optimizer has it
+        name = official_name(name).replace("encoder.", "encoder_k.", 1)
+        if re.search(r"(running_mean|running_var|num_batches_tracked)$", name):
+            result["buffers"][name] = tensor
+        else:
+            result["final_l2"][name] = tensor.norm().item()
+    result["queue"] = saved.get("queue")
     return result

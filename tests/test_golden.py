@@ -7,10 +7,17 @@ from conftest import GOLDEN
 from golden import replay
 
 from common import LARS
+from trainers.moco import hide_and_seek, info_nce, momentum_update
 from trainers.simsiam import negative_cosine
 from trainers.smd import cosine_loss, smd_loss
 
-STEPS = [("simsiam", "simsiam"), ("smd", "smd_phase1_epoch0"), ("smd", "smd_phase2_epoch2")]
+TAMER = {"base_lr": 0.05}  # some runs were recorded at a second learning rate
+SIAMESE = [("simsiam", "simsiam"), ("smd", "smd_phase1_epoch0"), ("smd", "smd_phase2_epoch2")]
+RUNS = [  # trainer, file, tag in the file, flags that the record states in words only
+    *((trainer, name, "f64", {}) for trainer, name in SIAMESE),
+    *((trainer, name, "f64_lrb16", TAMER) for trainer, name in SIAMESE),
+    ("moco", "moco", "f64", {"head": "wide", "temperature": 0.1}),
+]
 
 
 def arrays(name):
@@ -22,13 +29,11 @@ def close(ours, theirs, tolerance=1e-9):
 
 
 def test_every_recorded_trajectory_is_replayed():
-    assert {path.stem for path in (GOLDEN / "steps").glob("*.npz")} == {name for _, name in STEPS}
+    recorded = {(p.stem, key.split("/")[0]) for p in (GOLDEN / "steps").glob("*.npz") for key in np.load(p)}
+    assert {(name, tag) for name, tag in recorded if "f64" in tag} == {(name, tag) for _, name, tag, _ in RUNS}
 
 
-@pytest.mark.parametrize("trainer, name", STEPS, ids=[name for _, name in STEPS])
-@pytest.mark.parametrize(
-    "tag, flags", [("f64", {}), ("f64_lrb16", {"base_lr": 0.05})], ids=["lr 0.1", "lr of batch 16"]
-)
+@pytest.mark.parametrize("trainer, name, tag, flags", RUNS, ids=[f"{name}-{tag}" for _, name, tag, _ in RUNS])
 def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
     path = GOLDEN / "steps" / f"{name}.npz"
     record, ours = np.load(path), replay(trainer, path, **flags)
@@ -46,6 +51,8 @@ def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
         np.testing.assert_allclose(
             ours["buffers"][key.removeprefix(f"{tag}/bn/").replace("/", ".")], record[key], rtol=1e-8, atol=1e-10
         )
+    if f"{tag}/queue" in record:
+        np.testing.assert_allclose(ours["queue"].T, record[f"{tag}/queue"], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("temperature", ["0.04", "0.004"])
@@ -103,6 +110,34 @@ def test_simsiam_loss_and_gradient_are_the_authors():
     close(torch.autograd.grad(loss, p1, retain_graph=True)[0], g["grad_p1"])
     close(torch.autograd.grad(loss, p2, retain_graph=True)[0], g["grad_p2"])
     assert torch.autograd.grad(loss, [z1, z2], allow_unused=True) == (None, None), "z must be behind the stop-gradient"
+
+
+def test_moco_loss_gradient_and_momentum_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("moco").items()}
+    query = g["query_emb"].clone().requires_grad_()
+    normalise = torch.nn.functional.normalize  # the record starts from raw embeddings
+    loss = info_nce(normalise(query), normalise(g["key_emb"]), g["queue_before"].T, g["temperature"].item())
+    close(loss, g["loss"])
+    close(torch.autograd.grad(loss, query)[0], g["grad_query_emb"])
+    k, q = torch.nn.Module(), torch.nn.Module()
+    k.p, q.p = (torch.nn.Parameter(g[name].clone()) for name in ("param_k_before", "param_q"))
+    momentum_update(k, q, g["momentum"].item())
+    close(k.p.detach(), g["param_k_after"])
+
+
+def test_hide_and_seek_hides_the_authors_pixels():
+    g = arrays("hide_and_seek")
+    for case in ("case0", "case1"):
+        torch.manual_seed(g[f"{case}/seed"].item())
+        cells = 224 // g[f"{case}/grid_size"].item()
+        u = torch.zeros(1, 257)
+        u[0, 1 : 1 + cells**2] = torch.rand(cells**2)
+        u[0, 0] = {16: 0.3, 8: 0.6, 4: 0.9}[cells]
+        fill = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+        x = hide_and_seek(torch.ones(1, 3, 224, 224), u, fill)
+        hidden = g[f"{case}/hidden_mask"].bool()
+        assert torch.equal(x[0], torch.where(hidden, fill, torch.ones(3, 224, 224))) and hidden.any()
+        assert torch.equal(hide_and_seek(x, u * 0, fill), x), "a grid of 0 hides nothing"
 
 
 @pytest.mark.parametrize("clip", [False, True])
