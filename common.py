@@ -139,6 +139,13 @@ def check_positive(args, *names: str, least: int = 1) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
 
 
+def check_above_zero(args, *names: str) -> None:
+    """Stop with one line if any of these flags is given and not above 0."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------

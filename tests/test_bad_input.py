@@ -18,11 +18,11 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import simsiam, smd, supervised
+from trainers import moco, simsiam, smd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "supervised": supervised}
-NETWORK = {"smd": "--student", "simsiam": "--backbone", "supervised": "--backbone"}
+TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "supervised": supervised}
+NETWORK = {"smd": "--student", "simsiam": "--backbone", "moco": "--backbone", "supervised": "--backbone"}
 
 
 def write_images(folder: Path, count: int = 24, side: int = 16, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -76,6 +76,8 @@ def train(tmp_path, photos, teacher):
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
         if name == "smd":
             usual |= {"teacher": teacher, "group_size": 0}
+        if name == "moco":
+            usual |= {"queue_length": 16, "bn_group_size": 0}
         words = []
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
@@ -181,6 +183,18 @@ def test_a_number_that_makes_no_sense_is_named(train, tmp_path, trainer, flag, v
 def test_no_steps_to_do_is_named(train, trainer):
     message = stop_message(train, trainer, total_steps=0, epochs=0)
     assert "--epochs 0" in message and "--total-steps" in message
+
+
+@pytest.mark.parametrize("trainer", ["smd", "moco"])
+@pytest.mark.parametrize("value", [0.0, -0.1])
+def test_a_temperature_that_is_not_above_zero_is_named(train, trainer, value):
+    assert f"--temperature {value}: must be above 0" in stop_message(train, trainer, temperature=value)
+
+
+@pytest.mark.parametrize("length", [0, 12, 32])  # batches of 8, 24 images
+def test_a_queue_that_does_not_fit_is_named(train, length):
+    message = stop_message(train, "moco", queue_length=length)
+    assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])

@@ -110,7 +110,13 @@ TO_LEARN = {"moco": {"hide_and_seek": False, "augmentation": "digits", "encoder_
 
 @pytest.mark.parametrize("method", TRAINERS)
 def test_the_loss_falls(method, tmp_path, tiny_teacher):
-    changes = {"total_steps": 60, "save_every": 1000, "optimizer": "adamw", "base_lr": 0.08, **TO_LEARN.get(method, {})}
+    changes = {
+        "total_steps": 60,
+        "save_every": 1000,
+        "optimizer": "adamw",
+        "base_lr": 0.08,
+        **TO_LEARN.get(method, {}),
+    }
     losses = [line["loss"] for line in tiny_run(method, tmp_path / "run", tiny_teacher, **changes)]
     first = losses[10:20] if method == "moco" else losses[:10]
     assert sum(losses[-10:]) < sum(first) - 0.01

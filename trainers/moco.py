@@ -223,11 +223,6 @@ def main(args: Args) -> dict[str, float]:
     source = common.open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **columns)
     queries = common.open_source(args.data, "eval", **columns)
     # --- end shared block ---
-    if not 0 < args.queue_length <= len(source) or args.queue_length % args.batch_size:
-        raise SystemExit(
-            f"--queue-length {args.queue_length}: must be a multiple of --batch-size {args.batch_size} and at most the "
-            f"{len(source)} images of {args.data}"
-        )
     recipe = common.RECIPES.get(args.augmentation) or common.ssl_small(
         args.jitter_scale, args.grey_prob, args.blur_prob
     )
@@ -242,6 +237,13 @@ def main(args: Args) -> dict[str, float]:
         rank=rank,
         world=world,
     )
+    common.check_positive(args, "embedding_dim")
+    common.check_above_zero(args, "temperature")
+    if not 0 < args.queue_length <= len(source) or args.queue_length % args.batch_size:
+        raise SystemExit(
+            f"--queue-length {args.queue_length}: must be a multiple of --batch-size {args.batch_size} and at most the "
+            f"{len(source)} images of {args.data}"
+        )
 
     backbone = common.create_backbone(args.backbone, small_images=args.small_images)
     head = create_head(args.head, backbone.num_features, args.hidden_dim, args.embedding_dim)
