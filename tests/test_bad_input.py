@@ -77,7 +77,7 @@ def train(tmp_path, photos, teacher):
         if name == "smd":
             usual |= {"teacher": teacher, "group_size": 0}
         if name == "moco":
-            usual |= {"queue_length": 16, "bn_group_size": 0}
+            usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         words = []
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
