@@ -16,6 +16,7 @@ import common
 
 TRAINERS = [
     "smd",
+    "seed",
     "simsiam",
     "moco",
     "supervised",
@@ -28,7 +29,7 @@ ENV = {
 def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str]:
     """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
-    if method == "smd":
+    if method in ("smd", "seed"):
         flags["teacher"] = teacher
     words = []
     for key, value in flags.items():

@@ -8,6 +8,7 @@ from golden import replay
 
 from common import LARS
 from trainers.moco import hide_and_seek, info_nce, momentum_update
+from trainers.seed import seed_loss, warmup_schedule
 from trainers.simsiam import negative_cosine
 from trainers.smd import cosine_loss, smd_loss
 
@@ -17,6 +18,8 @@ RUNS = [  # trainer, file, tag in the file, flags that the record states in word
     *((trainer, name, "f64", {}) for trainer, name in SIAMESE),
     *((trainer, name, "f64_lrb16", TAMER) for trainer, name in SIAMESE),
     ("moco", "moco", "f64", {"head": "wide", "temperature": 0.1}),
+    ("seed", "seed", "f64", {"base_lr": 0.03}),
+    ("seed", "seed_small_patch", "f64", {"base_lr": 0.03}),
 ]
 
 
@@ -44,15 +47,16 @@ def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
     np.testing.assert_allclose(ours["lr"], record[f"{tag}/lr"][:, 0], rtol=1e-12)
     theirs = dict(zip(record[f"{tag}/param_names"], record[f"{tag}/final_l2"], strict=True))
     theirs.pop("encoder.fc.6.bias", None)  # SimSiam's never-trained bias, D2
+    theirs = {key: norm for key, norm in theirs.items() if not key.startswith("teacher.")}  # frozen
     assert set(ours["final_l2"]) == set(theirs)
     for key, norm in theirs.items():
         np.testing.assert_allclose(ours["final_l2"][key], norm, rtol=1e-8, atol=1e-10, err_msg=key)
-    for key in (k for k in record if k.startswith(f"{tag}/bn/")):
+    for key in (k for k in record if k.startswith(f"{tag}/bn/") and "/teacher." not in k):
         np.testing.assert_allclose(
             ours["buffers"][key.removeprefix(f"{tag}/bn/").replace("/", ".")], record[key], rtol=1e-8, atol=1e-10
         )
-    if f"{tag}/queue" in record:
-        np.testing.assert_allclose(ours["queue"].T, record[f"{tag}/queue"], rtol=1e-8, atol=1e-10)
+    for queue in {"queue", "small_queue"} & {key.removeprefix(f"{tag}/") for key in record}:
+        np.testing.assert_allclose(ours[queue].T, record[f"{tag}/{queue}"], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("temperature", ["0.04", "0.004"])
@@ -123,6 +127,28 @@ def test_moco_loss_gradient_and_momentum_are_the_authors():
     k.p, q.p = (torch.nn.Parameter(g[name].clone()) for name in ("param_k_before", "param_q"))
     momentum_update(k, q, g["momentum"].item())
     close(k.p.detach(), g["param_k_after"])
+
+
+def test_seed_loss_gradient_and_schedule_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("seed").items()}
+    normalise, checked = torch.nn.functional.normalize, 0
+    for key in [k for k in g if k.endswith("/loss")]:
+        student, (t_s, t_t) = g["student_emb"].clone().requires_grad_(), map(float, key[5:-5].split("_tempT"))
+        loss = seed_loss(normalise(student), normalise(g["teacher_emb"]), g["queue_before"].T, t_s, t_t)
+        close(loss, g[key])
+        close(torch.autograd.grad(loss, student)[0], g[key.replace("/loss", "/grad_student_emb")])
+        checked += 1
+    assert checked == 4
+    small = {k.removeprefix("case0/"): v for k, v in arrays("seed_small_patch").items()}
+    s, t = (normalise(small[f"{name}_small_emb"].flatten(0, 1)) for name in ("student", "teacher"))
+    for t_t in (0.0001, 0.01):
+        close(seed_loss(s, t, small["small_queue_before"].T, 0.2, t_t), small[f"tempS0.2_tempT{t_t}/loss_small"])
+    lr = arrays("seed_lr_schedule")
+    for batch in (64, 256, 2048):
+        ours = [warmup_schedule(epoch, 200, 0.03, batch, 5) for epoch in range(200)]
+        np.testing.assert_allclose(ours, lr[f"dist_b{batch}_cos"], rtol=1e-9)
+    ours = [warmup_schedule(epoch, 200, 0.03, 2048, 5, (120, 160)) for epoch in range(200)]
+    np.testing.assert_allclose(ours, lr["dist_b2048_step"], rtol=1e-9)
 
 
 def test_hide_and_seek_hides_the_authors_pixels():
