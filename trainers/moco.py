@@ -96,13 +96,13 @@ class Args:
     head: Literal["none", "linear", "mlp", "wide", "deep", "dropout"] = "mlp"
     """linear is v1's, mlp v2's, wide, deep and dropout ssl-small's; none contrasts the backbone's features"""
     hidden_dim: int = 0
-    """width of the head's hidden layer; 0: the backbone's, twice that for wide [MoCo v2; DisCo: 512 to 2048]"""
+    """width of the head's hidden layer; 0: the backbone's [MoCo v2; twice that for wide; DisCo: 512 to 2048]"""
     embedding_dim: int = 128
     """D, width of q, k and the queue [Sec. 3.3]"""
     temperature: float = 0.2
     """T of Eq. 1 [MoCo v2 Sec. 3; v1 0.07, ssl-small 0.1]"""
     queue_length: int = 65536
-    """K, keys in the queue; a multiple of --batch-size and no longer than the data [Sec. 4]"""
+    """K, embeddings in the queue; a multiple of --batch-size and no longer than the data [Sec. 4]"""
     encoder_momentum: float = 0.999
     """m of Eq. 2 [Sec. 3.2]"""
     bn_group_size: int = 32
