@@ -54,6 +54,8 @@ from trainers.shared.views import (
     crop_batch,
     crop_one,
     sample_params,
+    ssl_small,
+    uniforms,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -135,6 +137,13 @@ def check_positive(args, *names: str, least: int = 1) -> None:
     for name in names:
         if getattr(args, name, least) < least:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+
+
+def check_above_zero(args, *names: str) -> None:
+    """Stop with one line if any of these flags is given and not above 0."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -136,9 +136,20 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
     raise SystemExit(f"--teacher {spec}: no such file, folder or name; {HOW_TO_GET_A_TEACHER}")
 
 
-def load_weights(backbone: nn.Module, spec: str) -> None:
-    """--init-from: copy the weights of the checkpoint `spec` (as for --teacher) into a backbone, strictly."""
-    load_strictly(backbone, load_teacher(spec, flag="--init-from").backbone.state_dict(), f"--init-from {spec}")
+def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) -> bool:
+    """--init-from: copy the weights of the checkpoint `spec` (as for --teacher) into a backbone, strictly.
+
+    A `head` gets the file's projection head if it holds one of the same keys and shapes; True says that it did.
+    """
+    found = load_teacher(spec, flag="--init-from")
+    load_strictly(backbone, found.backbone.state_dict(), f"--init-from {spec}")
+    mine, theirs = (
+        {k: v.shape for k, v in h.state_dict().items()} if h is not None else {} for h in (head, found.head)
+    )
+    if not mine or mine != theirs:
+        return False
+    head.load_state_dict(found.head.state_dict())
+    return True
 
 
 def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:

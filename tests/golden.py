@@ -62,13 +62,20 @@ def plain_backbone(name: str, **_) -> nn.Module:
     return model
 
 
+def regenerate(recipe: str) -> np.ndarray:
+    """Images that a record describes instead of storing: "numpy.random.RandomState(0).randn(5,2,16,...)"."""
+    seed, shape = re.search(r"RandomState\((\d+)\)\.randn\(([\d,]+)\)", recipe).groups()
+    return np.random.RandomState(int(seed)).randn(*map(int, shape.split(","))).astype(np.float32)
+
+
 class RecordedBatches:
     """Stands in for common.Batches: step i's views from an array, all steps inside one given epoch of `epochs`."""
 
     resident = True
 
-    def __init__(self, images: np.ndarray, epoch: int, epochs: float):
+    def __init__(self, images: np.ndarray, patches: np.ndarray | None, epoch: int, epochs: float):
         self.images, self.at, self.views = torch.from_numpy(images).double(), epoch, [(None, images.shape[-1])]
+        self.patches = None if patches is None else torch.from_numpy(patches).double()
         self.steps_per_epoch = len(images) / epochs
         self.source = mock.MagicMock(name="recorded images", bad={}, __len__=lambda _: 0)
 
@@ -79,15 +86,16 @@ class RecordedBatches:
         return float(self.at)
 
     def batch(self, step: int) -> common.Batch:
-        views = self.images[step] if self.images.ndim == 6 else self.images[step].unsqueeze(0)
-        return common.Batch(list(views), None, torch.arange(views.shape[1]))
+        views = [*self.images[step]] if self.images.ndim == 6 else [self.images[step]]
+        views += [] if self.patches is None else self.patches[step].unbind(1)
+        return common.Batch(views, None, torch.arange(len(views[0])))
 
 
 def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str, list]:
     """Run `trainer` over the recorded steps; {"loss": [...], ...}, one list per logged metric.
 
     `flags` are fields of the trainer's Args and override what the record says (architectures, learning rate, batch).
-    Also returned: "final_l2", {official parameter name: norm after the last step}, and "buffers" likewise.
+    Also returned, after the last step: "final_l2", {official parameter name: norm}, "buffers" likewise, "queue".
     """
     trainer = importlib.import_module(f"trainers.{trainer}") if isinstance(trainer, str) else trainer
     npz_path = Path(npz_path)
@@ -96,32 +104,54 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     if "images" in arrays:
         images = arrays["images"]
     else:
-        shape = [steps, *([record["views"]] if record.get("views", 1) > 1 else []), batch, *record["image_shape"]]
-        images = np.random.RandomState(0).randn(*shape).astype(np.float32)
+        images = regenerate(record["images"])
+    patches = regenerate(record["image_small"]) if "image_small" in record else None
     optimizer = record["optimizer"]
     epoch = int(re.search(r"epoch (\d+)", optimizer)[1]) if "epoch" in optimizer else 0
-    lr = float(re.search(r"lr=([0-9.]*[0-9])", optimizer)[1])
+    lr = float(re.search(r"lr ?=? ?([0-9.]*[0-9])", optimizer)[1])
     fields = {f.name for f in trainer.Args.__dataclass_fields__.values()}
     model = re.search(r"resnet\d+", record.get("student") or record.get("model") or record.get("encoder"))[0]
     teacher = re.search(r"resnet\d+", record["teacher"])[0] if "teacher" in record else None
     known = {
         "data": "recorded", "student": model, "backbone": model, "teacher": teacher, "image_size": images.shape[-1],
         "batch_size": batch, "base_lr": lr * 256 / batch, "group_size": 0, "epochs": 100.0, "total_steps": steps,
-        "log_every": 1, "save_every": 10**6, "num_workers": 0,
+        "log_every": 1, "save_every": 10**6, "num_workers": 0, "queue_length": record.get("queue_length"),
+        "bn_group_size": 0, "small_patches": 0 if patches is None else patches.shape[2],
     }  # fmt: skip
     prepared: list[nn.Module] = []
+    # what the authors call the network that learns
+    encoder = next(
+        (n for n in ("encoder_q", "student") if f"{n}.<n>" in ",".join(record.get("naming_map", ()))), "encoder"
+    )
+    queues = iter(("queue", "small_queue"))
+
+    def rename(name: str) -> str:
+        return official_name(name).replace("encoder.", f"{encoder}.", 1)
+
+    def initial_queue(length: int, dim: int) -> torch.Tensor:
+        draw = np.random.RandomState(zlib.crc32(next(queues).encode())).standard_normal((dim, length))
+        return torch.from_numpy((draw / np.sqrt((draw**2).sum(0, keepdims=True))).astype(np.float32)).T.double()
 
     def load_teacher(spec: str, **_) -> hub.Teacher:
-        backbone = plain_backbone(spec)
+        backbone, head, head_name = plain_backbone(spec), None, "fc"
+        if "Linear(512,512), ReLU, Linear(512,128)" in record["teacher"]:
+            head = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+        elif "Linear(512,256) [0], BN1d [1]" in record["teacher"]:
+            head, head_name = (
+                nn.Sequential(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128)),
+                "projection_head",
+            )
         initialise(backbone, lambda name: f"teacher.{name}")
-        return hub.Teacher(backbone, {"source": spec, "architecture": spec})
+        if head is not None:
+            initialise(head, lambda name: f"teacher.{head_name}.{name}")
+        return hub.Teacher(backbone, {"source": spec, "architecture": spec}, head)
 
     original_prepare = Accelerator.prepare
 
     def prepare(self, *objects, **options):
         for module in objects:
             if isinstance(module, nn.Module):
-                initialise(module)
+                initialise(module, rename)
                 prepared.append(module)
         return original_prepare(self, *objects, **options)
 
@@ -129,8 +159,8 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         run_dir = Path(folder) / "run"
         args = trainer.Args(**{**{k: v for k, v in known.items() if k in fields}, "run_dir": run_dir, **flags})
-        batches = RecordedBatches(images, epoch, args.epochs)
-        source = mock.MagicMock(labels=None, bad={})
+        batches = RecordedBatches(images, patches, epoch, args.epochs)
+        source = mock.MagicMock(labels=None, bad={}, __len__=lambda _: 10**6)
         replacements = [
             (common, "open_source", lambda data, role="train", **_: source if role == "train" else None),
             (common, "Batches", lambda *_, **__: batches),
@@ -138,6 +168,8 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
             (hub, "load_teacher", load_teacher),
             (Accelerator, "prepare", prepare),
         ]
+        if hasattr(trainer, "initial_queue"):
+            replacements.append((trainer, "initial_queue", initial_queue))
         for owner, name, value in replacements:
             stack.enter_context(mock.patch.object(owner, name, value))
         torch.set_default_dtype(torch.float64)
@@ -148,8 +180,16 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
             torch.set_default_dtype(dtype)
             torch.set_num_threads(threads)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        saved = torch.load(hub.checkpoints(run_dir)[0] / "state.pt", weights_only=True)["state"]
     assert len(lines) == steps, f"{len(lines)} of {steps} recorded steps were logged"
     result: dict = {key: [line[key] for line in lines] for key in lines[0]}
-    result["final_l2"] = {official_name(n): p.norm().item() for m in prepared for n, p in m.named_parameters()}
-    result["buffers"] = {official_name(n): b.clone() for m in prepared for n, b in m.named_buffers()}
+    result["final_l2"] = {rename(n): p.norm().item() for m in prepared for n, p in m.named_parameters()}
+    result["buffers"] = {rename(n): b.clone() for m in prepared for n, b in m.named_buffers()}
+    for name, tensor in saved.get("encoder_k", {}).items():  # a momentum encoder is not prepared: no optimizer has it
+        name = official_name(name).replace("encoder.", "encoder_k.", 1)
+        if re.search(r"(running_mean|running_var|num_batches_tracked)$", name):
+            result["buffers"][name] = tensor
+        else:
+            result["final_l2"][name] = tensor.norm().item()
+    result |= {name: saved.get(name) for name in ("queue", "small_queue")}
     return result

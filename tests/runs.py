@@ -14,7 +14,13 @@ from torchvision.io import write_jpeg
 
 import common
 
-TRAINERS = ["smd", "simsiam", "supervised"]  # what learns step by step; evaluations without a loop are elsewhere
+TRAINERS = [
+    "smd",
+    "seed",
+    "simsiam",
+    "moco",
+    "supervised",
+]  # what learns step by step; evaluations without a loop are elsewhere
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
@@ -23,7 +29,7 @@ ENV = {
 def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str]:
     """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
-    if method == "smd":
+    if method in ("smd", "seed"):
         flags["teacher"] = teacher
     words = []
     for key, value in flags.items():

@@ -18,11 +18,17 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import simsiam, smd, supervised
+from trainers import moco, seed, simsiam, smd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "supervised": supervised}
-NETWORK = {"smd": "--student", "simsiam": "--backbone", "supervised": "--backbone"}
+TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised}
+NETWORK = {
+    "smd": "--student",
+    "simsiam": "--backbone",
+    "moco": "--backbone",
+    "seed": "--student",
+    "supervised": "--backbone",
+}
 
 
 def write_images(folder: Path, count: int = 24, side: int = 16, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -76,6 +82,10 @@ def train(tmp_path, photos, teacher):
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
         if name == "smd":
             usual |= {"teacher": teacher, "group_size": 0}
+        if name == "seed":
+            usual |= {"teacher": teacher}
+        if name in ("moco", "seed"):
+            usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         words = []
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
@@ -181,6 +191,27 @@ def test_a_number_that_makes_no_sense_is_named(train, tmp_path, trainer, flag, v
 def test_no_steps_to_do_is_named(train, trainer):
     message = stop_message(train, trainer, total_steps=0, epochs=0)
     assert "--epochs 0" in message and "--total-steps" in message
+
+
+@pytest.mark.parametrize(
+    "trainer, flag",
+    [
+        ("smd", "temperature"),
+        ("moco", "temperature"),
+        ("seed", "student_temperature"),
+        ("seed", "teacher_temperature"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.0, -0.1])
+def test_a_temperature_that_is_not_above_zero_is_named(train, trainer, flag, value):
+    assert f"--{flag.replace('_', '-')} {value}: must be above 0" in stop_message(train, trainer, **{flag: value})
+
+
+@pytest.mark.parametrize("trainer", ["moco", "seed"])
+@pytest.mark.parametrize("length", [0, 12, 32])  # batches of 8, 24 images
+def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
+    message = stop_message(train, trainer, queue_length=length)
+    assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])

@@ -7,10 +7,20 @@ from conftest import GOLDEN
 from golden import replay
 
 from common import LARS
+from trainers.moco import hide_and_seek, info_nce, momentum_update
+from trainers.seed import seed_loss, warmup_schedule
 from trainers.simsiam import negative_cosine
 from trainers.smd import cosine_loss, smd_loss
 
-STEPS = [("simsiam", "simsiam"), ("smd", "smd_phase1_epoch0"), ("smd", "smd_phase2_epoch2")]
+TAMER = {"base_lr": 0.05}  # some runs were recorded at a second learning rate
+SIAMESE = [("simsiam", "simsiam"), ("smd", "smd_phase1_epoch0"), ("smd", "smd_phase2_epoch2")]
+RUNS = [  # trainer, file, tag in the file, flags that the record states in words only
+    *((trainer, name, "f64", {}) for trainer, name in SIAMESE),
+    *((trainer, name, "f64_lrb16", TAMER) for trainer, name in SIAMESE),
+    ("moco", "moco", "f64", {"head": "wide", "temperature": 0.1}),
+    ("seed", "seed", "f64", {"base_lr": 0.03}),
+    ("seed", "seed_small_patch", "f64", {"base_lr": 0.03}),
+]
 
 
 def arrays(name):
@@ -22,13 +32,11 @@ def close(ours, theirs, tolerance=1e-9):
 
 
 def test_every_recorded_trajectory_is_replayed():
-    assert {path.stem for path in (GOLDEN / "steps").glob("*.npz")} == {name for _, name in STEPS}
+    recorded = {(p.stem, key.split("/")[0]) for p in (GOLDEN / "steps").glob("*.npz") for key in np.load(p)}
+    assert {(name, tag) for name, tag in recorded if "f64" in tag} == {(name, tag) for _, name, tag, _ in RUNS}
 
 
-@pytest.mark.parametrize("trainer, name", STEPS, ids=[name for _, name in STEPS])
-@pytest.mark.parametrize(
-    "tag, flags", [("f64", {}), ("f64_lrb16", {"base_lr": 0.05})], ids=["lr 0.1", "lr of batch 16"]
-)
+@pytest.mark.parametrize("trainer, name, tag, flags", RUNS, ids=[f"{name}-{tag}" for _, name, tag, _ in RUNS])
 def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
     path = GOLDEN / "steps" / f"{name}.npz"
     record, ours = np.load(path), replay(trainer, path, **flags)
@@ -39,13 +47,16 @@ def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
     np.testing.assert_allclose(ours["lr"], record[f"{tag}/lr"][:, 0], rtol=1e-12)
     theirs = dict(zip(record[f"{tag}/param_names"], record[f"{tag}/final_l2"], strict=True))
     theirs.pop("encoder.fc.6.bias", None)  # SimSiam's never-trained bias, D2
+    theirs = {key: norm for key, norm in theirs.items() if not key.startswith("teacher.")}  # frozen
     assert set(ours["final_l2"]) == set(theirs)
     for key, norm in theirs.items():
         np.testing.assert_allclose(ours["final_l2"][key], norm, rtol=1e-8, atol=1e-10, err_msg=key)
-    for key in (k for k in record if k.startswith(f"{tag}/bn/")):
+    for key in (k for k in record if k.startswith(f"{tag}/bn/") and "/teacher." not in k):
         np.testing.assert_allclose(
             ours["buffers"][key.removeprefix(f"{tag}/bn/").replace("/", ".")], record[key], rtol=1e-8, atol=1e-10
         )
+    for queue in {"queue", "small_queue"} & {key.removeprefix(f"{tag}/") for key in record}:
+        np.testing.assert_allclose(ours[queue].T, record[f"{tag}/{queue}"], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("temperature", ["0.04", "0.004"])
@@ -103,6 +114,56 @@ def test_simsiam_loss_and_gradient_are_the_authors():
     close(torch.autograd.grad(loss, p1, retain_graph=True)[0], g["grad_p1"])
     close(torch.autograd.grad(loss, p2, retain_graph=True)[0], g["grad_p2"])
     assert torch.autograd.grad(loss, [z1, z2], allow_unused=True) == (None, None), "z must be behind the stop-gradient"
+
+
+def test_moco_loss_gradient_and_momentum_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("moco").items()}
+    query = g["query_emb"].clone().requires_grad_()
+    normalise = torch.nn.functional.normalize  # the record starts from raw embeddings
+    loss = info_nce(normalise(query), normalise(g["key_emb"]), g["queue_before"].T, g["temperature"].item())
+    close(loss, g["loss"])
+    close(torch.autograd.grad(loss, query)[0], g["grad_query_emb"])
+    k, q = torch.nn.Module(), torch.nn.Module()
+    k.p, q.p = (torch.nn.Parameter(g[name].clone()) for name in ("param_k_before", "param_q"))
+    momentum_update(k, q, g["momentum"].item())
+    close(k.p.detach(), g["param_k_after"])
+
+
+def test_seed_loss_gradient_and_schedule_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("seed").items()}
+    normalise, checked = torch.nn.functional.normalize, 0
+    for key in [k for k in g if k.endswith("/loss")]:
+        student, (t_s, t_t) = g["student_emb"].clone().requires_grad_(), map(float, key[5:-5].split("_tempT"))
+        loss = seed_loss(normalise(student), normalise(g["teacher_emb"]), g["queue_before"].T, t_s, t_t)
+        close(loss, g[key])
+        close(torch.autograd.grad(loss, student)[0], g[key.replace("/loss", "/grad_student_emb")])
+        checked += 1
+    assert checked == 4
+    small = {k.removeprefix("case0/"): v for k, v in arrays("seed_small_patch").items()}
+    s, t = (normalise(small[f"{name}_small_emb"].flatten(0, 1)) for name in ("student", "teacher"))
+    for t_t in (0.0001, 0.01):
+        close(seed_loss(s, t, small["small_queue_before"].T, 0.2, t_t), small[f"tempS0.2_tempT{t_t}/loss_small"])
+    lr = arrays("seed_lr_schedule")
+    for batch in (64, 256, 2048):
+        ours = [warmup_schedule(epoch, 200, 0.03, batch, 5) for epoch in range(200)]
+        np.testing.assert_allclose(ours, lr[f"dist_b{batch}_cos"], rtol=1e-9)
+    ours = [warmup_schedule(epoch, 200, 0.03, 2048, 5, (120, 160)) for epoch in range(200)]
+    np.testing.assert_allclose(ours, lr["dist_b2048_step"], rtol=1e-9)
+
+
+def test_hide_and_seek_hides_the_authors_pixels():
+    g = arrays("hide_and_seek")
+    for case in ("case0", "case1"):
+        torch.manual_seed(g[f"{case}/seed"].item())
+        cells = 224 // g[f"{case}/grid_size"].item()
+        u = torch.zeros(1, 257)
+        u[0, 1 : 1 + cells**2] = torch.rand(cells**2)
+        u[0, 0] = {16: 0.3, 8: 0.6, 4: 0.9}[cells]
+        fill = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+        x = hide_and_seek(torch.ones(1, 3, 224, 224), u, fill)
+        hidden = g[f"{case}/hidden_mask"].bool()
+        assert torch.equal(x[0], torch.where(hidden, fill, torch.ones(3, 224, 224))) and hidden.any()
+        assert torch.equal(hide_and_seek(x, u * 0, fill), x), "a grid of 0 hides nothing"
 
 
 @pytest.mark.parametrize("clip", [False, True])

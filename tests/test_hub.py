@@ -99,6 +99,20 @@ def official(request, tmp_path_factory):
     file.unlink()
 
 
+@pytest.mark.parametrize("layout, fits", [("moco_v2", True), ("moco_v1", False)])
+def test_init_from_takes_the_head_where_it_fits(layout, fits, tmp_path):
+    content, encoder = official_content(layout, "resnet18")
+    torch.save(content, tmp_path / "checkpoint.pth.tar")
+    backbone, head = (
+        common.create_backbone("resnet18"),
+        nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128)),
+    )
+    before = head[0].weight.clone()
+    assert hub.load_weights(backbone, tmp_path / "checkpoint.pth.tar", head) is fits
+    assert torch.equal(backbone.conv1.weight, encoder.conv1.weight)
+    assert torch.equal(head[0].weight, encoder.fc[0].weight if fits else before)
+
+
 @torch.no_grad()
 def test_an_official_file_gives_the_original_networks_features_and_head(official):
     layout, arch, encoder, teacher = official

@@ -104,7 +104,18 @@ def test_flags_of_the_same_name_have_the_same_doc():
     for method in METHODS:
         for name, doc in FIELD.findall(source(method)):
             docs[name][method] = doc
-    own = {"augmentation", "milestones", "lr_decay", "label_smoothing", "schedule", "optimizer", "group_size"}
+    own = {
+        "augmentation",
+        "milestones",
+        "lr_decay",
+        "label_smoothing",
+        "schedule",
+        "optimizer",
+        "group_size",
+        "temperature",
+        "head",
+        "base_lr",
+    }
     shared = {name: copies for name, copies in docs.items() if len(copies) > 1 and name not in own}
     assert len(shared) >= 20
     for name, copies in shared.items():

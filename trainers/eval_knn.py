@@ -112,8 +112,7 @@ def main(args: Args) -> dict[str, float]:
         asked = " ".join(map(str, args.k))
         raise SystemExit(f"--k {asked}: give numbers from 1 to {len(gallery)}, the images in the gallery")
     common.check_positive(args, "eval_batch_size")
-    if args.vote_temperature <= 0:
-        raise SystemExit(f"--vote-temperature {args.vote_temperature}: must be above 0")
+    common.check_above_zero(args, "vote_temperature")
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))

@@ -187,6 +187,7 @@ def main(args: Args) -> dict[str, float]:
     queries = common.open_source(args.data, "eval", **columns)
     # --- end shared block ---
     common.check_positive(args, "group_size", least=0)
+    common.check_above_zero(args, "temperature")
     share, group_size = args.batch_size // world, args.group_size or args.batch_size
     if args.batch_size % group_size or (share % group_size and group_size % share):
         raise SystemExit(

@@ -87,19 +87,20 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     """BatchNorm over groups of `group_size` consecutive images of the global batch; made by `set_batch_norm_groups`.
 
     A group may be part of one process's share or span several processes (then the sums are all-reduced, with
-    gradients). Running statistics follow the first group, as in the authors' DistributedDataParallel runs. Same
+    gradients). An input of several patches an image, image by image, is grouped by images too. Running statistics follow the first group, as in the authors' DistributedDataParallel runs. Same
     parameters, buffers and keys as the BatchNorm it replaces.
     """
 
     group_size: int
+    share: int  # images of one process
     process_group = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        elif self.group_size <= len(x):
+        elif self.group_size <= self.share:
             self.num_batches_tracked.add_(1)
-            parts = x.split(self.group_size)
+            parts = x.split(self.group_size * len(x) // self.share)
             running = [(self.running_mean, self.running_var)] + [(None, None)] * (len(parts) - 1)
             parts = [
                 F.batch_norm(p, *r, self.weight, self.bias, True, self.momentum, self.eps)
@@ -115,7 +116,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         """Mean, then variance around it: two sums over the group's processes."""
         over = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * (self.group_size // len(x))
+        count = x.numel() // x.shape[1] * (self.group_size // self.share)
         mean = _AllReduce.apply(x.sum(over), self.process_group) / count
         centred = x - mean.view(shape)
         var = _AllReduce.apply(centred.square().sum(over), self.process_group) / count
@@ -155,5 +156,5 @@ def set_batch_norm_groups(model: nn.Module, group_size: int, batch_size: int) ->
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             # a change of class keeps parameters, buffers, keys and hooks as they are
             module.__class__ = GroupedBatchNormAct if isinstance(module, BatchNormAct2d) else GroupedBatchNorm
-            module.group_size, module.process_group = group_size, process_group
+            module.group_size, module.share, module.process_group = group_size, share, process_group
     return model

@@ -1,7 +1,7 @@
 """Random views: parameters from a counter-based hash, crops as matrix products, colour and blur batched."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, permutations
 from typing import Literal
@@ -53,6 +53,12 @@ DIGITS = Recipe(scale=(0.6, 1.0), flip=0.0, grey=0.2, permute=0.8)
 RECIPES = {
     "moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "linear": LINEAR, "cifar": CIFAR, "eval": EVAL, "digits": DIGITS,
 }  # fmt: skip
+
+
+def ssl_small(jitter: float, grey: float, blur: float) -> Recipe:
+    """WOWNICE/ssl-small main_moco_final.py @ 815aea9: MoCo v2's with the jitter's strength and two probabilities free."""
+    strength = 0.8 * jitter
+    return replace(MOCO_V2, jitter=(strength, strength, strength, min(0.5, 0.4 * jitter)), grey=grey, blur=blur)
 
 
 @dataclass
