@@ -11,7 +11,7 @@ The paper's equation numbers are left out: no readable copy of it was at hand.
 Reference code: github.com/jacobswan1/SEED @ f236cac. Differences from it:
   D1. BatchNorm groups are `--bn-group-size` images of the global batch (with all their patches), not one GPU's share.
   D2. The warm-up's goal is base_lr x batch / 256 in every mode; there the factor is 1 without --distributed.
-  D3. tau^T is 1e-4 as in the code, whose runs the released students are; the paper says 0.01 (`--teacher-temperature`).
+  D3. tau^T is 1e-4, the code's default; the paper says 0.01 (`--teacher-temperature 0.01`).
   D4. A teacher without a projection head gives its pooled features, l2-normalised; the student's head then ends in
       their width. There every teacher has a head.
   D5. No fp16 inside the loss: at tau^T = 1e-4 the rounding of fp16 logits alone changes the target.
