@@ -583,9 +583,8 @@ def _nearest(gallery: Tensor, queries: Tensor, k: int, metric: str, chunk: int, 
         queries = F.normalize(queries, dim=1)
     best = queries.new_full((len(queries), k), -torch.inf)
     neighbour = torch.zeros_like(best, dtype=torch.long)
-    scores = queries.new_empty(
-        min(chunk, len(queries)), min(block, len(gallery))
-    )  # new memory each time costs a third
+    # one buffer for all products: new memory each time costs a third
+    scores = queries.new_empty(min(chunk, len(queries)), min(block, len(gallery)))
     for start in range(0, len(gallery), block):
         part = gallery[start : start + block]
         part = F.normalize(part, dim=1) if metric == "cosine" else part

@@ -143,10 +143,10 @@ def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) 
     """
     found = load_teacher(spec, flag="--init-from")
     load_strictly(backbone, found.backbone.state_dict(), f"--init-from {spec}")
-    mine, theirs = (
-        {k: v.shape for k, v in h.state_dict().items()} if h is not None else {} for h in (head, found.head)
-    )
-    if not mine or mine != theirs:
+    if head is None or found.head is None:
+        return False
+    mine, theirs = ({k: v.shape for k, v in h.state_dict().items()} for h in (head, found.head))
+    if mine != theirs:
         return False
     head.load_state_dict(found.head.state_dict())
     return True

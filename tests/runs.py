@@ -14,13 +14,8 @@ from torchvision.io import write_jpeg
 
 import common
 
-TRAINERS = [
-    "smd",
-    "seed",
-    "simsiam",
-    "moco",
-    "supervised",
-]  # what learns step by step; evaluations without a loop are elsewhere
+# what learns step by step; evaluations without a loop are elsewhere
+TRAINERS = ["smd", "seed", "simsiam", "moco", "supervised"]
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip

@@ -129,7 +129,7 @@ def test_moco_loss_gradient_and_momentum_are_the_authors():
     close(k.p.detach(), g["param_k_after"])
 
 
-def test_seed_loss_gradient_and_schedule_are_the_authors():
+def test_seed_loss_and_gradient_are_the_authors():
     g = {k.removeprefix("case0/"): v for k, v in arrays("seed").items()}
     normalise, checked = torch.nn.functional.normalize, 0
     for key in [k for k in g if k.endswith("/loss")]:
@@ -143,6 +143,9 @@ def test_seed_loss_gradient_and_schedule_are_the_authors():
     s, t = (normalise(small[f"{name}_small_emb"].flatten(0, 1)) for name in ("student", "teacher"))
     for t_t in (0.0001, 0.01):
         close(seed_loss(s, t, small["small_queue_before"].T, 0.2, t_t), small[f"tempS0.2_tempT{t_t}/loss_small"])
+
+
+def test_seed_schedule_is_the_authors():
     lr = arrays("seed_lr_schedule")
     for batch in (64, 256, 2048):
         ours = [warmup_schedule(epoch, 200, 0.03, batch, 5) for epoch in range(200)]
@@ -172,7 +175,7 @@ def test_lars_steps_are_the_authors(clip):
     cases = sorted({k.split("/")[0] for k in g})
     assert cases
     for case in cases:
-        c = {k.removeprefix(f"{case}/"): v for k, v in g.items() if k.startswith(f"{case}/")}
+        c = {k.removeprefix("case0/"): v for k, v in g.items() if k.startswith(f"{case}/")}
         count = len([k for k in c if k.endswith("_init")])
         params = [c[f"param{i}_init"].clone().requires_grad_() for i in range(count)]
         optimizer = LARS(

@@ -14,6 +14,8 @@ Reference code: github.com/facebookresearch/moco @ 64444f4; github.com/WOWNICE/s
   D3. `--init-from` (ssl-small's --restart) takes the backbone, and the head where the file's has the same shapes; the
       queue starts fresh, there it keeps the teacher's embeddings.
   D4. Hide-and-seek draws per view 0, 4, 8 or 16 cells a side: its 0, 56, 28 and 14 px at 224 px, at any image size.
+  D5. The learning rate is `--base-lr` x batch / 256; there it is `--lr`, whatever the batch. Equal in both papers' runs.
+  D6. timm's ResNets start with the last BatchNorm scale of every block at zero, the authors' at one.
 
 Run:  accelerate launch trainers/moco.py --data IMAGENET_FOLDER --config configs/moco/resnet50_in1k.toml
 Results: configs/moco/*.toml record command, hardware, time and accuracy of each run.
@@ -296,9 +298,8 @@ def main(args: Args) -> dict[str, float]:
         common.set_lr(optimizer, lr)
 
         q = encoder_q(x_q)
-        momentum_update(
-            encoder_k, accelerator.unwrap_model(encoder_q), args.encoder_momentum
-        )  # before this step's SGD
+        # before this step's SGD: the keys come from the query encoder as it was
+        momentum_update(encoder_k, accelerator.unwrap_model(encoder_q), args.encoder_momentum)
         g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         order = torch.randperm(args.batch_size, generator=g) if grouped else None
         with torch.no_grad(), accelerator.autocast():

@@ -14,7 +14,8 @@ Reference code: github.com/jacobswan1/SEED @ f236cac. Differences from it:
   D3. tau^T is 1e-4, the code's default; the paper says 0.01 (`--teacher-temperature 0.01`).
   D4. A teacher without a projection head gives its pooled features, l2-normalised; the student's head then ends in
       their width. There every teacher has a head.
-  D5. No fp16 inside the loss: at tau^T = 1e-4 the rounding of fp16 logits alone changes the target.
+  D5. timm's ResNets start with the last BatchNorm scale of every block at zero, the authors' at one.
+  D6. No fp16 inside the loss: at tau^T = 1e-4 the rounding of fp16 logits alone changes the target.
 
 Run:  accelerate launch trainers/seed.py --data IMAGENET_FOLDER --config configs/seed/resnet18_moco-v2-r50_in1k.toml
 Results: configs/seed/*.toml record command, hardware, time and accuracy of each run.
@@ -170,11 +171,10 @@ def seed_loss(
 ) -> Tensor:
     """L. student, teacher: (B, D) and queue: (K, D), unit length -> scalar >= 0; only the student gets a gradient."""
     teacher, queue = teacher.detach(), queue.detach()
-    own = [
-        (x * teacher).sum(1, keepdim=True) for x in (student, teacher)
-    ]  # with the image's own embedding, first in D+
-    logits = torch.cat([own[0], student @ queue.T], dim=1) / student_temperature  # (B, 1 + K)
-    target = (torch.cat([own[1], teacher @ queue.T], dim=1) / teacher_temperature).softmax(1)
+    # the image's own embedding comes first in D+
+    own_s, own_t = ((x * teacher).sum(1, keepdim=True) for x in (student, teacher))
+    logits = torch.cat([own_s, student @ queue.T], dim=1) / student_temperature  # (B, 1 + K)
+    target = (torch.cat([own_t, teacher @ queue.T], dim=1) / teacher_temperature).softmax(1)
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
@@ -185,11 +185,9 @@ def warmup_schedule(
     goal = base_lr * batch_size / 256
     if epoch < warmup:
         return base_lr + (goal - base_lr) / warmup * epoch
-    return (
-        common.cosine_schedule(epoch, epochs, goal)
-        if milestones is None
-        else common.step_schedule(epoch, goal, milestones, factor)
-    )
+    if milestones is None:
+        return common.cosine_schedule(epoch, epochs, goal)
+    return common.step_schedule(epoch, goal, milestones, factor)
 
 
 def main(args: Args) -> dict[str, float]:
@@ -302,7 +300,7 @@ def main(args: Args) -> dict[str, float]:
 
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all embeddings equal; the teacher's own is the goal
-            health = {**common.health(s), "teacher_z_std": common.health(t)["z_std"]}
+            health = {**common.health(s), "teacher_z_std": common.z_std(common.gather(t).cpu()).item()}
             seen = run.log(step, loss=loss, **extra, **health, lr=lr)
             collapsed = collapsed + 1 if seen["z_std"] < 0.02 * min(1, seen["teacher_z_std"]) else 0
             if collapsed == 5:

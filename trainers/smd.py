@@ -260,7 +260,7 @@ def main(args: Args) -> dict[str, float]:
 
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all features equal; the teacher's own is the goal
-            health = {**common.health(s1), "teacher_z_std": common.health(t1)["z_std"]}
+            health = {**common.health(s1), "teacher_z_std": common.z_std(common.gather(t1).cpu()).item()}
             lr = optimizer.param_groups[0]["lr"]
             seen = run.log(step, loss=loss, cos_term=cosine, distill_term=metric, **health, lr=lr)
             # five looks in a row: a step after the first, or a batch of one class, may well be close together

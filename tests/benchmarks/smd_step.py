@@ -94,7 +94,7 @@ class Done(Exception):
     """Ends our `main` when enough was measured."""
 
 
-def run_ours(args, between: Callable[[int], Iterator[int]]) -> None:
+def run_ours(args, between: Callable[[common.Batches], Iterator[int]]) -> None:
     """smd.main on CIFAR-10 with a random ResNet-50 teacher; `between` yields the steps and keeps the clock."""
     teacher = hub.Teacher(common.create_backbone("resnet50"), {"source": "random", "architecture": "resnet50"})
     original = hub.Run.start

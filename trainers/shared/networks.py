@@ -87,8 +87,9 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     """BatchNorm over groups of `group_size` consecutive images of the global batch; made by `set_batch_norm_groups`.
 
     A group may be part of one process's share or span several processes (then the sums are all-reduced, with
-    gradients). An input of several patches an image, image by image, is grouped by images too. Running statistics follow the first group, as in the authors' DistributedDataParallel runs. Same
-    parameters, buffers and keys as the BatchNorm it replaces.
+    gradients). An input of several patches an image, image by image, is grouped by images too. Running statistics
+    follow the first group, as in the authors' DistributedDataParallel runs. Same parameters, buffers and keys as the
+    BatchNorm it replaces.
     """
 
     group_size: int
