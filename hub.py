@@ -4,23 +4,21 @@
     python hub.py push runs/smd org/name       # build and upload it
     python hub.py pull org/name                # its inverse
     python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
+    python hub.py list                         # the official teachers that --teacher knows by name
 
 Nothing in here knows a loss.
 """
 
-import argparse
 import ast
-import collections
+import difflib
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -29,57 +27,13 @@ from torch import Tensor, nn
 
 import common
 
-# A chapter that would make this file too long to read: the run folder.
+# Chapters that would make this file too long to read: the authors' own files, the run folder.
+from trainers.shared.official import HOW_TO_GET_A_TEACHER, TEACHERS, download, open_foreign
 from trainers.shared.run import Run, checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Official:
-    """An authors' checkpoint: where it is, what it may be used for, and what it should reach."""
-
-    url: str
-    licence: str
-    top1: float  # ImageNet linear probe, percent, as published
-    source: str
-    hash_prefix: str | None = None  # of the file's SHA-256, where published
-
-
-_FB = "https://dl.fbaipublicfiles.com"
-_MOCO = f"{_FB}/moco/moco_checkpoints"
-TEACHERS = {
-    "simsiam_r50_100ep": Official(
-        f"{_FB}/simsiam/models/100ep/pretrain/checkpoint_0099.pth.tar", "cc-by-nc-4.0", 68.1, "simsiam README"
-    ),
-    "simsiam_r50_100ep_bs256": Official(
-        f"{_FB}/simsiam/models/100ep-256bs/pretrain/checkpoint_0099.pth.tar", "cc-by-nc-4.0", 68.3, "simsiam README"
-    ),
-    "moco_v1_r50_200ep": Official(
-        f"{_MOCO}/moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar", "cc-by-nc-4.0", 60.6, "moco README"
-    ),
-    "moco_v2_r50_200ep": Official(
-        f"{_MOCO}/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "cc-by-nc-4.0", 67.7, "moco README"
-    ),
-    "moco_v2_r50_800ep": Official(
-        f"{_MOCO}/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "cc-by-nc-4.0", 71.1, "moco README"
-    ),
-}
-
-# How the authors' files name things, without a leading "module.": the backbone's prefix, the head inside that prefix,
-# and what else the file may hold. The first layout whose prefix occurs is the one.
-LAYOUTS = (
-    ("MoCo", "encoder_q.", "fc.", ("encoder_k.", "queue", "queue_ptr")),
-    ("SimSiam", "encoder.", "fc.", ("predictor.",)),
-    ("torchvision", "", "fc.", ()),
-)
-
-HOW_TO_GET_A_TEACHER = (
-    "--teacher takes a run or release folder, an official .pth.tar file, timm/NAME (e.g. timm/resnet50), a Hub id "
-    f"(org/name), or one of {', '.join(TEACHERS)}"
-)
 
 
 class Teacher(nn.Module):
@@ -121,7 +75,7 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
     if spec in TEACHERS:
         official = TEACHERS[spec]
         facts = {"source": spec, "url": official.url, "licence": official.licence}
-        return _load_foreign(download(official.url, official.hash_prefix), facts)
+        return _load_foreign(download(official.url, official.md5), facts)
     if spec.startswith("timm/") and spec.count("/") == 1:
         backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=num_classes)
         facts = {"source": spec, "licence": backbone.pretrained_cfg.get("license") or "unknown"}
@@ -133,7 +87,9 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
         except SystemExit as error:  # a mistyped path looks like org/name
             raise SystemExit(f"--teacher {spec}: no such file or folder here, and from the Hub: {error}") from None
         return _load_folder(folder, num_classes, {"source": f"hf-hub:{hub_id}"})
-    raise SystemExit(f"--teacher {spec}: no such file, folder or name; {HOW_TO_GET_A_TEACHER}")
+    close = difflib.get_close_matches(spec, TEACHERS, n=2)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise SystemExit(f"--teacher {spec}: no such file, folder or name; {hint}{HOW_TO_GET_A_TEACHER}")
 
 
 def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) -> bool:
@@ -187,25 +143,14 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
 
 
 def _load_foreign(path: Path, facts: dict) -> Teacher:
-    """An authors' file, recognised by its keys (golden/NOTES_ssl.md section 13 lists the layouts)."""
-    content = read_foreign(path)
-    state = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
-    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-    if not state:
-        raise SystemExit(f"{path}: holds no tensors; {HOW_TO_GET_A_TEACHER}")
-    name, prefix, head_prefix, others = next(
-        layout for layout in LAYOUTS if any(k.startswith(layout[1]) for k in state)
-    )
-    backbone_state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    head_state = {k: backbone_state.pop(k) for k in list(backbone_state) if k.startswith(head_prefix)}
-    strays = [k for k in state if not k.startswith((prefix, *others))]
-    architecture = str(content.get("arch", "")) or _resnet_name(backbone_state)
-    if not timm.is_model(architecture):
-        raise SystemExit(f"{path}: its architecture {architecture or '(none named)'} is none that timm knows")
-    backbone = common.create_backbone(architecture, mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
-    load_strictly(backbone, backbone_state, str(path), strays)
-    head = _build_head(head_state, head_prefix.rstrip("."), backbone.num_features, str(path))
-    return Teacher(backbone, {**facts, "architecture": architecture, "format": name}, head)
+    """An authors' file, recognised by its keys."""
+    found = open_foreign(path)
+    if not timm.is_model(found.architecture):
+        raise SystemExit(f"{path}: its architecture {found.architecture or '(none named)'} is none that timm knows")
+    backbone = common.create_backbone(found.architecture, mean=common.IMAGENET_MEAN, std=found.layout.std)
+    load_strictly(backbone, found.backbone, str(path), found.strays)
+    head = _build_head(found.head, found.head_name, backbone.num_features, str(path))
+    return Teacher(backbone, {**facts, "architecture": found.architecture, "format": found.layout.name}, head)
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays: list[str] | None = None) -> None:
@@ -231,16 +176,6 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays
     model.load_state_dict(state)
 
 
-def _resnet_name(state: dict[str, Tensor]) -> str:
-    """Which ResNet a state dict without a name is, by its blocks; "" if none."""
-    blocks = [len({k.split(".")[1] for k in state if k.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
-    bottleneck = "layer1.0.conv3.weight" in state
-    depth = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50 if bottleneck else 34, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
-    number = depth.get(tuple(blocks))
-    small = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
-    return f"resnet{number}{'_small' if small else ''}" if number else ""
-
-
 def _build_head(state: dict[str, Tensor], name: str, width: int, where: str) -> nn.Module | None:
     """The projection head on `width` features that a file's own keys describe, strictly loaded; None without keys.
 
@@ -262,50 +197,6 @@ def _build_head(state: dict[str, Tensor], name: str, width: int, where: str) -> 
         head = nn.Linear(width, len(state.get(f"{name}.weight", [0])), bias=f"{name}.bias" in state)
     load_strictly(nn.ModuleDict({name: head}), state, where)
     return head
-
-
-def _numpy_globals() -> list:
-    multiarray = np._core.multiarray
-    scalars = [type(np.dtype(t)) for t in ("f8", "f4", "f2", "i8", "i4", "u1", "?")]
-    functions = [multiarray.scalar, multiarray._reconstruct]
-    old_names = [(f, f"numpy.core.multiarray.{f.__name__}") for f in functions]  # as numpy 1 wrote them
-    return [np.dtype, np.ndarray, *scalars, *functions, *old_names]
-
-
-def read_foreign(path: Path) -> dict:
-    """A .pth/.pt file of somebody else's, opened without running what it may contain. Raises SystemExit if refused."""
-    allowed = [argparse.Namespace, collections.defaultdict, dict, list, pathlib.PosixPath, *_numpy_globals()]
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its reader meets first
-        text = str(error)
-        if "GLOBAL " in text:
-            raise SystemExit(
-                f"{path}: refused, loading it would run code ({text.split('GLOBAL ', 1)[1].split()[0]}). If you trust it, "
-                "convert it once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
-            ) from None
-        reason = "no torch file" if "Unsupported operand" in text else common.first_line(error).split(". ")[0]
-        raise SystemExit(f"{path}: not a whole checkpoint of torch's format ({reason}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise SystemExit(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
-
-
-def download(url: str, hash_prefix: str | None = None) -> Path:
-    """Fetch a file once into torch's hub cache; a partial download is never used. Raises SystemExit with the remedy."""
-    target = Path(torch.hub.get_dir()) / "checkpoints" / url.removeprefix("https://").replace("/", "_")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(target), hash_prefix)
-        except (OSError, RuntimeError) as error:
-            raise SystemExit(
-                f"{url}: download failed ({error}); fetch it by hand and give the file as --teacher"
-            ) from None
-    return target
 
 
 def digits_teacher(run: Run) -> str:
@@ -338,7 +229,7 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     if run.accelerator.is_main_process:
         build_release(run.dir)
         config = _read_json(release / "config.json")
-        load = "import common, timm" if config["architecture"].endswith("_small") else "import timm"
+        load = "import common, timm" if _is_ours(config["architecture"]) else "import timm"
         without = ", num_classes=0" if config["num_classes"] else ""
         run.say(f"\nrelease: {release}\n\n  {load}")
         run.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
@@ -384,6 +275,11 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _is_ours(architecture: str) -> bool:
+    """Whether timm knows this architecture only once common is imported."""
+    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
+
+
 def _licence(run_dir: Path) -> str:
     """What the weights may be used for: our code's licence unless the teacher's weights ask for more."""
     teacher = _read_json(run_dir / "teacher.json").get("licence", "apache-2.0")
@@ -404,7 +300,7 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
         k: v for k, v in args.items() if k not in ("run_dir", "config", "teacher", "data", "push_to_hub", "init_from")
     }
     size, feature = cfg["input_size"][-1], config["num_features"]
-    own = "import common  # registers this architecture; clone cleandistill first\n" if config["architecture"].endswith("_small") else ""  # fmt: skip
+    own = "import common  # registers this architecture; clone cleandistill first\n" if _is_ours(config["architecture"]) else ""  # fmt: skip
     without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
     rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
     return f"""---
@@ -570,9 +466,16 @@ def _inspect(spec: str, /) -> None:
     print(f"{'head':>12}  {'none' if teacher.head is None else str(teacher.head).replace(chr(10), ' ')}")
 
 
+def _list() -> None:
+    """Show the official checkpoints that --teacher takes by name, as published."""
+    print(f"{'name':32}{'linear top-1':>14}  {'licence':14}source")
+    for name, official in TEACHERS.items():
+        print(f"{name:32}{official.top1:>14.2f}  {official.licence:14}{official.source}")
+
+
 if __name__ == "__main__":
     sys.modules.setdefault("hub", sys.modules["__main__"])
     app = tyro.extras.SubcommandApp()
-    for function in (_build, _push, _pull, _inspect):
+    for function in (_build, _push, _pull, _inspect, _list):
         app.command(function, name=function.__name__[1:])
     app.cli(description="Releases, teachers and the Hugging Face Hub.")

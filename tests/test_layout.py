@@ -66,7 +66,8 @@ def test_shared_file_reads_in_one_sitting(name):
 
 def test_shared_code_knows_no_method():
     chapters = sorted((ROOT / "trainers" / "shared").glob("*.py"))
-    assert chapters
+    chapters = [path for path in chapters if path.stem != "official"]  # the authors' files bear their methods' names
+    assert len(chapters) >= 4
     for path in [ROOT / "common.py", *chapters]:
         code = re.sub(r"#.*", "", path.read_text())  # a recipe's comment names its source
         words = re.findall(r"\b(smd|simsiam|seed_loss|disco|swav|sskd)\b", code)

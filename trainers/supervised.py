@@ -49,7 +49,7 @@ class Args:
 
     # --- data ---
     data: str = "digits"
-    """digits (embedded), an image folder, a parquet file, any datasets layout, or a Hugging Face dataset id"""
+    """digits (embedded), an image folder, TSV or parquet files, any datasets layout, or a dataset id on the Hub"""
     split: str = ""
     """split to train on, where "train" is not it"""
     image_column: str = ""
@@ -57,7 +57,7 @@ class Args:
     label_column: str = ""
     """label column; labels are used for kNN reports only, except by trainers with a supervised loss"""
     subset: str = ""
-    """train on part of the images: a count ("5000") or a share ("10%"), drawn once from the seed"""
+    """train on part of the images: a count ("5000") or share ("10%"), drawn once from the seed, or a file of their names"""
     image_size: int = 224
     """side of the square view, pixels"""
     num_workers: int = 8

@@ -1,4 +1,4 @@
-"""Networks of our own: ResNets for small images, BatchNorm over groups of the global batch. A chapter of common.py."""
+"""Networks of our own: ResNets for small images and wide ones, BatchNorm over groups of the global batch. A chapter of common.py."""
 
 import timm  # noqa: F401  (registers the models that ours stand beside)
 import torch
@@ -23,9 +23,28 @@ class SmallImageResNet(ResNet):
         self.feature_info = [{**info, "reduction": max(1, info["reduction"] // 4)} for info in self.feature_info]
 
 
+class WideResNet(ResNet):
+    """ResNet with every width, the stem's too, times `width` (SwAV, Caron et al. 2020): same keys as its authors'."""
+
+    def __init__(self, *args, width: int, **kwargs):
+        super().__init__(*args, channels=tuple(64 * width * 2**i for i in range(4)), **kwargs)
+        first, stem = self.layer1[0], 64 * width
+        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        first.conv1 = nn.Conv2d(stem, first.conv1.out_channels, 1, bias=False)
+        first.downsample[0] = nn.Conv2d(stem, first.downsample[0].out_channels, 1, bias=False)
+        for conv in (self.conv1, first.conv1, first.downsample[0]):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.feature_info[0]["num_chs"] = stem
+
+
 _CIFAR = {"input_size": (3, 32, 32), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
 _CIFAR |= {"pool_size": (4, 4), "crop_pct": 1.0, "num_classes": 0, "classifier": "fc", "first_conv": "conv1"}
-default_cfgs = generate_default_cfgs({f"resnet{n}_small.none": _CIFAR for n in (18, 34, 50, 101, 152)})
+_WIDE = {**_CIFAR, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875}
+default_cfgs = generate_default_cfgs(
+    {f"resnet{n}_small.none": _CIFAR for n in (18, 34, 50, 101, 152)}
+    | {f"resnet50w{n}.none": _WIDE for n in (2, 4, 5)}
+)
 
 
 def _small_resnet(name: str, block: type, layers: tuple[int, ...], pretrained: bool, kwargs: dict) -> ResNet:
@@ -55,6 +74,26 @@ def resnet101_small(pretrained: bool = False, **kwargs) -> ResNet:
 @register_model
 def resnet152_small(pretrained: bool = False, **kwargs) -> ResNet:
     return _small_resnet("resnet152_small", Bottleneck, (3, 8, 36, 3), pretrained, kwargs)
+
+
+def _wide_resnet(name: str, width: int, pretrained: bool, kwargs: dict) -> ResNet:
+    fixed = {"block": Bottleneck, "layers": (3, 4, 6, 3), "width": width}
+    return build_model_with_cfg(WideResNet, name, pretrained, **{**fixed, **kwargs})
+
+
+@register_model
+def resnet50w2(pretrained: bool = False, **kwargs) -> ResNet:
+    return _wide_resnet("resnet50w2", 2, pretrained, kwargs)
+
+
+@register_model
+def resnet50w4(pretrained: bool = False, **kwargs) -> ResNet:
+    return _wide_resnet("resnet50w4", 4, pretrained, kwargs)
+
+
+@register_model
+def resnet50w5(pretrained: bool = False, **kwargs) -> ResNet:
+    return _wide_resnet("resnet50w5", 5, pretrained, kwargs)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -1,9 +1,11 @@
-"""Where images come from: the embedded digits, folders, parquet and `datasets`, the Hub. A chapter of common.py."""
+"""Where images come from: the embedded digits, folders, TSV, parquet and `datasets`, the Hub. A chapter of common.py."""
 
+import base64
 import dataclasses
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ class Source:
     classes: Sequence[str] = ()
     bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable images: index -> why
     where: Callable[[int], str] = str  # an image's file or row, for messages
+    file_names: Callable[[], list[str]] | None = None  # the images' own names, where they have some
 
     def __len__(self) -> int:
         return self.size
@@ -51,6 +54,7 @@ class Source:
             labels=None if self.labels is None else self.labels[index],
             bad={},
             where=partial(_nth, self.where, rows),
+            file_names=None,  # of no use once the images are chosen
         )
 
     def decode(self, i: int) -> Tensor:
@@ -77,6 +81,12 @@ def _row_name(data: str, i: int) -> str:
     return f"{data} row {i}"
 
 
+def _read_line(file: str, offsets: np.ndarray, i: int) -> bytes:
+    with open(file, "rb") as f:
+        f.seek(offsets[i])
+        return base64.b64decode(f.readline().rsplit(b"\t", 1)[-1].strip(), validate=True)
+
+
 def decode_rgb(data: bytes) -> Tensor:
     """Encoded image -> (3, H, W) uint8 RGB; raises ValueError for anything that is not a whole image."""
     try:
@@ -100,15 +110,17 @@ def open_source(
     seed: int = 0,
     resident: bool | None = None,
 ) -> Source | None:
-    """Open `--data`: "digits", an image folder, a parquet file, any `datasets` layout, or a Hugging Face dataset id.
+    """Open `--data`: "digits", an image folder, TSV or parquet files, any `datasets` layout, or a dataset id on the Hub.
 
     `role` chooses the split where `split` names none; "eval" gives None where there is no second split. `subset` is a
-    count ("5000") or a share ("10%") drawn once from `seed`. Small images are decoded into memory unless
+    count ("5000") or a share ("10%") drawn once from `seed`, or a text file of image names, one a line. Small images are decoded into memory unless
     `resident=False`. Raises SystemExit with the remedy if there are no images, no such split or no such column.
     """
     path = Path(data).expanduser()
     if data == "digits":
         source = _digits(_pick_split(("train", "test"), role, split, data))
+    elif path.suffix == ".tsv" and path.is_file() or path.is_dir() and any(path.glob("*.tsv")):
+        source = _open_tsv(path, role, split)
     elif path.is_dir() and not _has_tables(path):
         source = _open_folder(path, role, split)
     else:
@@ -116,18 +128,44 @@ def open_source(
     if source is None:
         return None
     if subset and role == "train":
-        source = source.take(_subset(len(source), subset, seed))
+        source = source.take(_named(source, Path(subset)) if Path(subset).is_file() else _drawn(source, subset, seed))
     return source if resident is False or source.pixels is not None else _make_resident(source, force=bool(resident))
 
 
-def _subset(n: int, subset: str, seed: int) -> list[int]:
+def _drawn(source: Source, subset: str, seed: int) -> list[int]:
+    """A count or a share of the images, drawn from the seed."""
+    n = len(source)
     try:
         count = round(n * float(subset[:-1]) / 100) if subset.endswith("%") else int(subset)
     except ValueError:
-        raise SystemExit(f'--subset {subset}: give a number of images ("5000") or a share ("10%")') from None
+        raise SystemExit(
+            f'--subset {subset}: give a number of images ("5000"), a share ("10%") or a file of image names'
+        ) from None
     if not 1 <= count <= n:
         raise SystemExit(f"--subset {subset}: asks for {count} of {n} images")
     return sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def _named(source: Source, file: Path) -> list[int]:
+    """The images that a text file names, one a line; folders and suffixes do not count, and a missing name is an error."""
+    try:
+        wanted = [Path(line.strip()).stem for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--subset {file}: not a text file of image names ({first_line(error)})") from None
+    if source.file_names is None:
+        raise SystemExit(f"--subset {file}: the images of {source.name} have no names; give a number or a share")
+    names = [Path(name).stem for name in source.file_names()]
+    at = {name: i for i, name in enumerate(names)}
+    missing = [name for name in wanted if name not in at]
+    if missing or not wanted:
+        raise SystemExit(
+            f"--subset {file}: {len(missing)} of its {len(wanted)} names are not in {source.name}, "
+            f"{', '.join(missing[:3])}; one there is {names[0]}"
+        )
+    several = [name for name, count in Counter(names).items() if count > 1 and name in set(wanted)]
+    if several:
+        raise SystemExit(f"--subset {file}: {several[0]} is the name of several images in {source.name}")
+    return sorted({at[name] for name in wanted})
 
 
 def _digits(split: str) -> Source:
@@ -201,7 +239,54 @@ def _open_folder(path: Path, role: str, split: str) -> Source | None:
         number = {name: i for i, name in enumerate(classes)}
         labels = torch.tensor([number[p[0]] for p in parts])
     read = partial(_read_file, files)
-    return Source(str(path), len(files), read, labels=labels, classes=classes, where=files.__getitem__)
+    where, names = files.__getitem__, partial(list, files)
+    return Source(str(path), len(files), read, labels=labels, classes=classes, where=where, file_names=names)
+
+
+def _open_tsv(path: Path, role: str, split: str) -> Source | None:
+    """SEED's format: a line an image, tab-separated: its name, its label, perhaps more, and last a base64 JPEG.
+
+    A file, or a folder of them, one a split. `train.lineidx` beside `train.tsv` holds the offsets of its lines; without
+    it they are found by reading the file once.
+    """
+    files = {file.stem: file for file in sorted(path.glob("*.tsv"))} if path.is_dir() else {"train": path}
+    if path.is_file() and (role == "eval" or split):
+        return _pick_split((), role, split, str(path))  # None, or the error that there are no splits
+    chosen = _pick_split(list(files), role, split, str(path))
+    if chosen is None:
+        return None
+    file, index = files[chosen], files[chosen].with_suffix(".lineidx")
+    with open(file, "rb") as f:
+        if index.exists():
+            offsets = np.array(index.read_text().split(), dtype=np.int64)
+        else:
+            offsets = np.cumsum([0, *map(len, f)][:-1], dtype=np.int64)
+        heads = []
+        for offset in offsets.tolist():
+            f.seek(max(0, offset - 1))
+            before, line = f.read(1) if offset else b"\n", f.read(512)
+            fields = line.split(b"\t")
+            if before != b"\n" or len(fields) < 3:
+                remedy = f"delete {index.name} if it is older" if index.exists() else "see SEED's format"
+                raise SystemExit(f"--data {file}: byte {offset} does not begin a line of name, label, image; {remedy}")
+            heads.append([field.decode(errors="replace").strip() for field in fields[:2]])
+    if not heads:
+        raise SystemExit(f"--data {file}: no lines")
+    names, kinds = zip(*heads, strict=True)
+    labels, classes = _number([int(kind) for kind in kinds] if all(map(str.isdigit, kinds)) else list(kinds))
+    read, where = partial(_read_line, str(file), offsets), partial(_row_name, str(file))
+    return Source(
+        str(file), len(heads), read, labels=labels, classes=classes, where=where, file_names=partial(list, names)
+    )
+
+
+def _number(values: list) -> tuple[Tensor, list[str]]:
+    """Labels and class names: whole numbers stand for themselves, anything else is numbered in sorted order."""
+    if all(isinstance(v, int) and v >= 0 for v in values):
+        return torch.tensor(values), [str(i) for i in range(max(values) + 1)]
+    classes = sorted(map(str, set(values)))
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[str(v)] for v in values]), classes
 
 
 def _open_dataset(data: str, path: Path, role: str, split: str, image_column: str, label_column: str) -> Source | None:
@@ -249,16 +334,25 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         if isinstance(columns[label_column], datasets.ClassLabel):
             classes = columns[label_column].names
             labels = torch.tensor(values)
-        else:  # whole numbers stand for themselves, anything else is numbered in sorted order
-            whole = all(isinstance(v, int) and v >= 0 for v in values)
-            classes = [str(i) for i in range(max(values) + 1)] if whole else sorted(map(str, set(values)))
-            number = {name: i for i, name in enumerate(classes)}
-            labels = torch.tensor([number[str(v)] for v in values])
+        else:
+            labels, classes = _number(values)
     raw = opened.select_columns([image_column])
     if isinstance(columns[image_column], datasets.Image):
         raw = raw.cast_column(image_column, datasets.Image(decode=False))
-    read = partial(_read_row, raw, image_column)
-    return Source(data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data))
+    read, names = partial(_read_row, raw, image_column), None
+    if isinstance(columns[image_column], datasets.Image):
+        names = partial(_row_paths, raw, image_column)
+    return Source(
+        data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data), file_names=names
+    )
+
+
+def _row_paths(table, column: str) -> list[str]:
+    """The file names that a `datasets` image column keeps beside the bytes, which are not read for it."""
+    import pyarrow.compute
+
+    paths = pyarrow.compute.struct_field(table.with_format("arrow")[:][column], "path").to_pylist()
+    return [path or "" for path in paths]
 
 
 def _make_resident(source: Source, force: bool) -> Source:
