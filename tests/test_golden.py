@@ -1,5 +1,8 @@
 """The authors' numbers: losses and gradients to 1e-9, five training steps through `main` to 1e-8, in float64."""
 
+import dataclasses
+
+import golden
 import numpy as np
 import pytest
 import torch
@@ -143,6 +146,25 @@ def test_seed_loss_and_gradient_are_the_authors():
     s, t = (normalise(small[f"{name}_small_emb"].flatten(0, 1)) for name in ("student", "teacher"))
     for t_t in (0.0001, 0.01):
         close(seed_loss(s, t, small["small_queue_before"].T, 0.2, t_t), small[f"tempS0.2_tempT{t_t}/loss_small"])
+
+
+def test_symmetric_seed_is_the_mean_over_both_views(monkeypatch):
+    path, recorded = GOLDEN / "steps" / "seed.npz", golden.RecordedBatches.batch
+
+    def losses(*views, **flags) -> list[float]:
+        def batch(self, step):
+            found = recorded(self, step)
+            return dataclasses.replace(found, views=[view(found.views[0]) for view in views])
+
+        monkeypatch.setattr(golden.RecordedBatches, "batch", batch)
+        return replay("seed", path, base_lr=0.03, **flags)["loss"]
+
+    plain, mirrored = (lambda x: x), (lambda x: x.flip(-1))
+    first, second = losses(plain), losses(mirrored)
+    assert first[0] != pytest.approx(second[0], rel=1e-3)
+    both = losses(plain, mirrored, symmetric=True)
+    assert both[0] == pytest.approx((first[0] + second[0]) / 2, rel=1e-9)
+    assert losses(plain, plain, symmetric=True) == pytest.approx(first, rel=1e-9), "steps and queue included"
 
 
 def test_seed_schedule_is_the_authors():

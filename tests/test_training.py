@@ -27,8 +27,8 @@ SABOTAGE = [
     ("simsiam", '{"fixed_lr": peak_lr} if args.fix_pred_lr else {}', '{"fixed_lr": 0.5 * peak_lr}'),
     ("moco", "k.lerp_(q, 1 - m)", "k.lerp_(q, 0 * m)"),  # keys that never move
     ("moco", "queue[start : start + args.batch_size] = keys", "queue[start : start + args.batch_size] = keys.flip(1)"),
-    ("seed", "t_small[:: args", "t_small[1 :: args"),  # the second patch enqueued
-    ("seed", "embed(patches)", "embed(patches.flip(0))"),
+    ("seed", "t[-1][:: args", "t[-1][1 :: args"),  # the second patch enqueued
+    ("seed", "[embed(x) for x in inputs]", "[embed(x.flip(0)) for x in inputs]"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),

@@ -15,7 +15,11 @@ Reference code: github.com/jacobswan1/SEED @ f236cac. Differences from it:
   D4. A teacher without a projection head gives its pooled features, l2-normalised; the student's head then ends in
       their width. There every teacher has a head.
   D5. timm's ResNets start with the last BatchNorm scale of every block at zero, the authors' at one.
-  D6. No fp16 inside the loss: at tau^T = 1e-4 the rounding of fp16 logits alone changes the target.
+  D6. --symmetric adds a second view: the mean of both views' losses, each view with its own teacher embedding; the queue
+      receives the first view's. Source: the README of github.com/zhangyifei01/SEED_ICLR21 @ 7835c3a, an unofficial
+      implementation that reports a gain from it and shows no code for it.
+  D7. A SwAV teacher's input is normalised as in its own training (red deviation 0.228); SEED gives 0.229 to both.
+  D8. No fp16 inside the loss: at tau^T = 1e-4 the rounding of fp16 logits alone changes the target.
 
 Run:  accelerate launch trainers/seed.py --data IMAGENET_FOLDER --config configs/seed/resnet18_moco-v2-r50_in1k.toml
 Results: configs/seed/*.toml record command, hardware, time and accuracy of each run.
@@ -102,6 +106,8 @@ class Args:
     """tau^T, D3 [tools/opts.py --distill-t]"""
     queue_length: int = 65536
     """K, embeddings in the queue; a multiple of --batch-size and no longer than the data [tools/opts.py --queue]"""
+    symmetric: bool = False
+    """a second view of every image, the loss averaged over both, D6; twice the work a step"""
     small_patches: int = 0
     """small crops of each image beside the view; 6 in the small-patch runs [main_small-patch.py]"""
     small_patch_size: int = 96
@@ -141,16 +147,15 @@ class Args:
 
 
 class Student(nn.Module):
-    """Backbone, head, l2 norm: the view (B, 3, S, S) and the patches (B * N, 3, s, s) or None -> (B, D), (B * N, D) or None."""
+    """Backbone, head, l2 norm, for each input on its own: views (B, 3, S, S), patches (B * N, 3, s, s) -> (B, D), (B * N, D)."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, view: Tensor, patches: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # one pass a size: BatchNorm statistics are per resolution
-        s, small = (None if x is None else F.normalize(self.head(self.backbone(x)), dim=1) for x in (view, patches))
-        return s, small
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        # one pass an input: BatchNorm statistics are per view and per resolution
+        return [F.normalize(self.head(self.backbone(x)), dim=1) for x in inputs]
 
 
 def create_head(kind: str, width: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
@@ -212,7 +217,8 @@ def main(args: Args) -> dict[str, float]:
     common.check_positive(args, "small_patches", least=0)
     common.check_positive(args, "small_patch_size")
     common.check_above_zero(args, "student_temperature", "teacher_temperature")
-    views = [(recipe, args.image_size)] + [(small_recipe, args.small_patch_size)] * args.small_patches
+    count = 2 if args.symmetric else 1
+    views = [(recipe, args.image_size)] * count + [(small_recipe, args.small_patch_size)] * args.small_patches
     data = common.Batches(
         source,
         views,
@@ -272,20 +278,22 @@ def main(args: Args) -> dict[str, float]:
     collapsed = 0
     for step in run.start(first_step, total_steps, data):
         batch = data.batch(step)
-        view, *patches = batch.views
-        patches = torch.stack(patches, 1).flatten(0, 1) if patches else None  # (B * N, 3, s, s), image by image
+        inputs, patches = batch.views[:count], batch.views[count:]
+        if patches:
+            inputs.append(torch.stack(patches, 1).flatten(0, 1))  # (B * N, 3, s, s), image by image
 
         at = data.epoch(step) if args.lr_per_epoch else data.progress(step)
         lr = warmup_schedule(at, epochs, args.base_lr, args.batch_size, args.warmup_epochs, milestones, args.lr_decay)
         common.set_lr(optimizer, lr)
 
-        s, s_small = student(view, patches)
+        s = student(*inputs)
         with torch.no_grad(), accelerator.autocast():
-            t, t_small = embed(view), None if patches is None else embed(patches)
-        loss_global = loss = seed_loss(s, t, queue, *temperatures)
+            t = [embed(x) for x in inputs]
+        losses = [seed_loss(s[v], t[v], queue, *temperatures) for v in range(count)]
+        loss_global = loss = sum(losses) / count
         extra = {}
-        if patches is not None:
-            loss_small = seed_loss(s_small, t_small, small_queue, *temperatures)
+        if patches:
+            loss_small = seed_loss(s[-1], t[-1], small_queue, *temperatures)
             loss = loss_global + loss_small
             extra = {"loss_global": loss_global, "loss_small": loss_small}
 
@@ -293,14 +301,14 @@ def main(args: Args) -> dict[str, float]:
         accelerator.backward(loss)
         optimizer.step()
         rows = slice(start := step * args.batch_size % args.queue_length, start + args.batch_size)
-        queue[rows] = common.gather(t)
-        if patches is not None:
-            small_queue[rows] = common.gather(t_small[:: args.small_patches].contiguous())  # each image's first patch
+        queue[rows] = common.gather(t[0])
+        if patches:
+            small_queue[rows] = common.gather(t[-1][:: args.small_patches].contiguous())  # each image's first patch
         run.watch(step, loss)
 
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all embeddings equal; the teacher's own is the goal
-            health = {**common.health(s), "teacher_z_std": common.z_std(common.gather(t).cpu()).item()}
+            health = {**common.health(s[0]), "teacher_z_std": common.z_std(common.gather(t[0]).cpu()).item()}
             seen = run.log(step, loss=loss, **extra, **health, lr=lr)
             collapsed = collapsed + 1 if seen["z_std"] < 0.02 * min(1, seen["teacher_z_std"]) else 0
             if collapsed == 5:
