@@ -1,17 +1,22 @@
-"""A whole SMD step on CIFAR-10: our trainer's own loop against the authors' step, alternating in one run.
+"""A whole training step on CIFAR-10: a trainer's own loop against its authors' step, alternating in one run.
 
-    python tests/benchmarks/smd_step.py [--rounds 12] [--threads 1]      # time: ours, ours without data, theirs
-    python tests/benchmarks/smd_step.py --memory                         # peak memory, each alone in a process
-    ACCELERATE_MIXED_PRECISION=bf16 python tests/benchmarks/smd_step.py       # ours in bf16, as the launcher asks for it
+    python tests/benchmarks/step.py smd [--rounds 12] [--threads 1]   # time: ours, ours without data, theirs
+    python tests/benchmarks/step.py moco
+    python tests/benchmarks/step.py smd --memory                      # peak memory, each alone in a process
+    python tests/benchmarks/step.py disco --split                     # where a step's time goes, for every trainer
+    ACCELERATE_MIXED_PRECISION=bf16 python tests/benchmarks/step.py smd    # ours in bf16, as the launcher asks for it
 
-"Ours" is `trainers/smd.py` itself, `main` and all: between its steps this file takes the clock and runs the other side.
+"Ours" is the trainer itself, `main` and all: between its steps this file takes the clock and runs the other side.
 "Ours, fixed batch" is the same step on one batch that was made beforehand: what is lost to the data. "Theirs" follows
-golden/NOTES of main_distill.py: a DataLoader over PIL transforms, torchvision's networks, one teacher and one student
-pass a view, SGD, the loss read every step. Both sides share the loss, a hundredth of the step. CIFAR-10 is found in
-CLEANDISTILL_DATA (default ../shared/data).
+golden/NOTES of the authors' scripts: a DataLoader over PIL transforms, torchvision's networks, one pass a view, SGD, the
+loss read every step; the loss function is ours on both sides, a hundredth of the step. BatchNorm is over the whole batch
+on both, as on one GPU of theirs. CIFAR-10 is found in CLEANDISTILL_DATA (default ../shared/data).
 """
 
 import argparse
+import copy
+import dataclasses
+import importlib
 import io
 import resource
 import statistics
@@ -25,6 +30,7 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
@@ -34,7 +40,7 @@ from views import DATA, official
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import hub
-from trainers import smd
+from trainers import moco, smd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -55,8 +61,19 @@ class TwoViews(Dataset):
         return [self.pipeline(image), self.pipeline(image)]
 
 
-def their_step(args) -> Callable[[], None]:
-    """The authors' training step; each call takes the next batch of a loader that starts over when it is through."""
+def their_batches(args) -> Iterator[list[torch.Tensor]]:
+    """The batches of a loader that starts over when it is through."""
+    loader = DataLoader(
+        TwoViews(args.size), args.batch, shuffle=True, drop_last=True, num_workers=args.workers,
+        pin_memory=DEVICE.type == "cuda", persistent_workers=args.workers > 0,
+    )  # fmt: skip
+    while True:
+        for views in loader:
+            yield [x.to(DEVICE, non_blocking=True) for x in views]
+
+
+def their_smd(args) -> Callable[[], None]:
+    """main_distill.py: each call is one step."""
     teacher = torchvision.models.resnet50()
     teacher.fc = nn.Identity()
     teacher.eval().to(DEVICE).requires_grad_(False)
@@ -64,19 +81,10 @@ def their_step(args) -> Callable[[], None]:
     student.fc = nn.Linear(512, 2048)
     student.train().to(DEVICE)
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
-    loader = DataLoader(
-        TwoViews(args.size), args.batch, shuffle=True, drop_last=True, num_workers=args.workers,
-        pin_memory=DEVICE.type == "cuda", persistent_workers=args.workers > 0,
-    )  # fmt: skip
-
-    def batches() -> Iterator[list[torch.Tensor]]:
-        while True:
-            yield from loader
-
-    stream = batches()
+    stream = their_batches(args)
 
     def step() -> None:
-        x1, x2 = (x.to(DEVICE, non_blocking=True) for x in next(stream))
+        x1, x2 = next(stream)
         with torch.no_grad():
             t1, t2 = teacher(x1), teacher(x2)
         s1, s2 = student(x1), student(x2)
@@ -90,14 +98,49 @@ def their_step(args) -> Callable[[], None]:
     return step
 
 
+def their_moco(args) -> Callable[[], None]:
+    """main_moco.py with its builder, v2, on one device: each call is one step."""
+    query = torchvision.models.resnet18(num_classes=128)
+    query.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), query.fc)
+    key = copy.deepcopy(query).requires_grad_(False).train().to(DEVICE)
+    query.train().to(DEVICE)
+    queue = F.normalize(torch.randn(128, QUEUE, device=DEVICE), dim=0)
+    optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    stream, at = their_batches(args), 0
+
+    def step() -> None:
+        nonlocal at
+        x1, x2 = next(stream)
+        q = F.normalize(query(x1), dim=1)
+        with torch.no_grad():
+            for k, p in zip(key.parameters(), query.parameters(), strict=True):
+                k.data = k.data * 0.999 + p.data * (1 - 0.999)
+            order = torch.randperm(len(x2), device=DEVICE)
+            keys = F.normalize(key(x2[order]), dim=1)[order.argsort()]
+        loss = moco.info_nce(q, keys, queue.clone().T, 0.2)
+        queue[:, at : at + len(keys)] = keys.T
+        at = (at + len(keys)) % QUEUE
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+QUEUE = 16384
+THEIRS = {"smd": their_smd, "moco": their_moco}
+LEAST = {"smd": 1.3, "moco": 1.0}  # times as fast as theirs, our goal on a CPU
+
+
 class Done(Exception):
     """Ends our `main` when enough was measured."""
 
 
 def run_ours(args, between: Callable[[common.Batches], Iterator[int]]) -> None:
-    """smd.main on CIFAR-10 with a random ResNet-50 teacher; `between` yields the steps and keeps the clock."""
+    """The trainer's main on CIFAR-10, with a random ResNet-50 teacher; `between` yields the steps and keeps the clock."""
     teacher = hub.Teacher(common.create_backbone("resnet50"), {"source": "random", "architecture": "resnet50"})
-    original = hub.Run.start
+    original, trainer = hub.Run.start, importlib.import_module(f"trainers.{args.method}")
 
     def start(run: hub.Run, first: int, total: int, data: common.Batches) -> Iterator[int]:
         original(run, first, total, data)
@@ -105,12 +148,14 @@ def run_ours(args, between: Callable[[common.Batches], Iterator[int]]) -> None:
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(hub, "load_teacher", lambda *_, **__: teacher):
         with mock.patch.object(hub.Run, "start", start):
-            flags = smd.Args(
-                run_dir=Path(folder), data=str(DATA / "cifar10"), teacher="random", image_size=args.size,
-                batch_size=args.batch, group_size=0, save_every=10**9, num_workers=args.workers,
-            )  # fmt: skip
+            flags = {
+                "run_dir": Path(folder), "data": str(DATA / "cifar10"), "teacher": "random", "image_size": args.size,
+                "batch_size": args.batch, "group_size": 0, "bn_group_size": 0, "save_every": 10**9,
+                "num_workers": args.workers, "student": "resnet18", "backbone": "resnet18", "queue_length": QUEUE,
+            }  # fmt: skip
+            known = {field.name for field in dataclasses.fields(trainer.Args)}
             try:
-                smd.main(flags)
+                trainer.main(trainer.Args(**{k: v for k, v in flags.items() if k in known}))
             except Done:
                 pass
 
@@ -123,7 +168,7 @@ def wait() -> float:
 
 def measure(args) -> dict[str, list[float]]:
     """Seconds per step of each side in each round of `--block` steps; the first round does not count."""
-    theirs, seconds = their_step(args), {"ours": [], "ours, fixed batch": [], "theirs": []}
+    theirs, seconds = THEIRS[args.method](args), {"ours": [], "ours, fixed batch": [], "theirs": []}
 
     def between(data: common.Batches) -> Iterator[int]:
         step, make, kept = 0, data.batch, data.batch(0)
@@ -145,6 +190,35 @@ def measure(args) -> dict[str, list[float]]:
     return seconds
 
 
+def split(args) -> None:
+    """Print the share of a step that goes to the data, to the teacher, and to the network that learns."""
+    spent = {"data": 0.0, "teacher": 0.0}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def run(*arguments):
+            start = wait()
+            result = function(*arguments)
+            spent[name] += wait() - start
+            return result
+
+        return run
+
+    def between(data: common.Batches) -> Iterator[int]:
+        data.batch = timed("data", data.batch)
+        yield from range(2)
+        spent.update(data=0.0, teacher=0.0)
+        start = wait()
+        yield from range(2, 2 + args.rounds)
+        whole = wait() - start
+        parts = {**spent, "student": whole - sum(spent.values())}
+        shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+        print(f"{args.method}: {whole / args.rounds * 1e3:.1f} ms/step: {shares}")
+        raise Done
+
+    with mock.patch.object(hub.Teacher, "forward", timed("teacher", hub.Teacher.forward)):
+        run_ours(args, between)
+
+
 def peak_memory(args) -> None:
     """Print this process's peak before and after some steps, MiB: on a GPU what torch allocated, else resident."""
 
@@ -161,7 +235,7 @@ def peak_memory(args) -> None:
 
     if args.side == "ours":
         return run_ours(args, between)
-    step, before = their_step(args), peak()
+    step, before = THEIRS[args.method](args), peak()
     for _ in range(args.rounds):
         step()
     print(f"{args.side}: {before:.0f} MiB before the first step, {peak():.0f} MiB after {args.rounds}")
@@ -169,6 +243,7 @@ def peak_memory(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", help=f"a trainer; the authors' step is here for {', '.join(THEIRS)}")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--block", type=int, default=1, help="steps of one side in a row; above --workers prefetch")
     parser.add_argument("--batch", type=int, default=256)
@@ -176,10 +251,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="theirs: data workers beside the step")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--split", action="store_true")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.split:
+        return split(args)
+    if args.method not in THEIRS:
+        parser.error(f"{args.method}: no step of its authors here; --split works for every trainer")
     if args.side:
         return peak_memory(args)
     if args.memory:
@@ -187,12 +267,10 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], check=True)
         return
     seconds = measure(args)
-    print(
-        f"SMD, ResNet-50 teacher, ResNet-18 student, batch {args.batch}, {args.size} px, {DEVICE}, {args.threads} thread(s)"
-    )
+    print(f"{args.method}, ResNet-18, batch {args.batch}, {args.size} px, {DEVICE}, {args.threads} thread(s)")
     for name, times in seconds.items():
         print(f"  {name:<20}{statistics.median(times) * 1e3:9.1f} ms/step")
-    for name, other, least in (("theirs", "ours", 1.3), ("ours, fixed batch", "ours", 0.95)):
+    for name, other, least in (("theirs", "ours", LEAST[args.method]), ("ours, fixed batch", "ours", 0.95)):
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
         print(f"  time of {name} / time of {other}: {ratio:.2f} (at least {least})")
 
