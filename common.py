@@ -45,6 +45,7 @@ from trainers.shared.views import (
     CIFAR,
     DIGITS,
     EVAL,
+    LEAST_PX,
     LINEAR,
     MOCO_V1,
     MOCO_V2,
@@ -137,6 +138,15 @@ def check_positive(args, *names: str, least: int = 1) -> None:
     for name in names:
         if getattr(args, name, least) < least:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+
+
+def check_share(args, *names: str) -> None:
+    """Stop with one line if any of these pairs of flags is given and no range within (0, 1]."""
+    for name in names:
+        if (pair := getattr(args, name)) is not None and not 0 < pair[0] <= pair[1] <= 1:
+            raise SystemExit(
+                f"--{name.replace('_', '-')} {pair[0]} {pair[1]}: must be a share above 0 and one up to 1 that is not less"
+            )
 
 
 def check_above_zero(args, *names: str) -> None:

@@ -90,6 +90,8 @@ def train(tmp_path, photos, teacher):
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                words += [f"--{flag}", *map(str, value)]
             elif value is not None:
                 words.append(f"--{flag}={value}")
         return TRAINERS[name].main(common.parse_args(TRAINERS[name].Args, words))
@@ -169,7 +171,7 @@ def test_a_message_does_not_depend_on_what_the_terminal_can_draw():
 
 NUMBERS = {
     "batch_size": (0, -8),
-    "image_size": (0,),
+    "image_size": (0, 6),
     "save_every": (0,),
     "log_every": (0, -1),
     "keep": (0,),
@@ -205,6 +207,18 @@ def test_no_steps_to_do_is_named(train, trainer):
 @pytest.mark.parametrize("value", [0.0, -0.1])
 def test_a_temperature_that_is_not_above_zero_is_named(train, trainer, flag, value):
     assert f"--{flag.replace('_', '-')} {value}: must be above 0" in stop_message(train, trainer, **{flag: value})
+
+
+@pytest.mark.parametrize("flag", ["crop_scale", "small_patch_scale"])
+@pytest.mark.parametrize("share", [(0.5, 0.2), (0.0, 0.5), (0.5, 1.5)])
+def test_a_share_of_the_image_that_makes_no_sense_is_named(train, flag, share):
+    message = stop_message(train, "seed", **{flag: share})
+    assert f"--{flag.replace('_', '-')} {share[0]} {share[1]}" in message and "share" in message
+
+
+def test_a_patch_that_is_too_small_to_blur_is_named(train):
+    message = stop_message(train, "seed", small_patches=2, small_patch_size=6)
+    assert "--small-patch-size 6: must be at least 7" in message
 
 
 @pytest.mark.parametrize("trainer", ["moco", "seed"])

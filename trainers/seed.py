@@ -215,7 +215,8 @@ def main(args: Args) -> dict[str, float]:
     small_recipe = dataclasses.replace(recipe, scale=args.small_patch_scale)
     recipe = dataclasses.replace(recipe, scale=args.crop_scale or recipe.scale)
     common.check_positive(args, "small_patches", least=0)
-    common.check_positive(args, "small_patch_size")
+    common.check_positive(args, "small_patch_size", least=common.LEAST_PX)
+    common.check_share(args, "crop_scale", "small_patch_scale")
     common.check_above_zero(args, "student_temperature", "teacher_temperature")
     count = 2 if args.symmetric else 1
     views = [(recipe, args.image_size)] * count + [(small_recipe, args.small_patch_size)] * args.small_patches

@@ -40,8 +40,9 @@ class Run:
                 f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other: on a CPU machine use "
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
             )
-        positive = ("batch_size", "image_size", "save_every", "keep", "log_every")
+        positive = ("batch_size", "save_every", "keep", "log_every")
         common.check_positive(args, *(name for name in positive if hasattr(args, name)))
+        common.check_positive(args, "image_size", least=common.LEAST_PX)
         not_negative = ("num_workers", "bn_group_size", "total_steps")
         common.check_positive(args, *(name for name in not_negative if hasattr(args, name)), least=0)
         if getattr(args, "batch_size", world) % world:

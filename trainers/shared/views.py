@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 BLUR_RADIUS = 6  # taps on each side: three standard deviations of the widest blur in use, sigma 2
+LEAST_PX = BLUR_RADIUS + 1  # side of a view: the blur reflects its borders
 CHUNK_PIXELS = 2**17  # pixels per channel of one piece of work on a CPU: a piece and its temporaries stay in L2
 ORDERS = np.array(list(permutations(range(4))))  # of brightness, contrast, saturation, hue
 CHANNELS = np.array(list(permutations(range(3))))
