@@ -126,12 +126,7 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     backbone = common.create_backbone(
         architecture, num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
     )
-    try:
-        state = safetensors.torch.load_file(folder / "model.safetensors")
-    except Exception as error:  # the safetensors reader has an exception type of its own
-        raise SystemExit(
-            f"--teacher {folder / 'model.safetensors'}: not a whole file ({error}); fetch it again"
-        ) from None
+    state = _read_tensors(folder / "model.safetensors")
     if not num_classes and own:  # a classifier that is not wanted, under the name that timm gives it
         names = cfg.get("classifier") or ()
         names = (names,) if isinstance(names, str) else tuple(names)
@@ -139,7 +134,17 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     load_strictly(backbone, state, str(folder))
     card = folder / "README.md"
     licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip
-    return Teacher(backbone, {**facts, "architecture": architecture, "format": "release", "licence": licence})
+    facts = {**facts, "architecture": architecture, "format": "release", "licence": licence}
+    file = folder / "head.safetensors"
+    head = _build_head(_read_tensors(file), "head", backbone.num_features, str(file)) if file.exists() else None
+    return Teacher(backbone, facts, head)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except Exception as error:  # the safetensors reader has an exception type of its own
+        raise SystemExit(f"--teacher {file}: not a whole file ({error}); fetch it again") from None
 
 
 def _load_foreign(path: Path, facts: dict) -> Teacher:
@@ -244,7 +249,8 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
 
 
 def build_release(run_dir: str | Path) -> Path:
-    """release/ of a run: model.safetensors and config.json (what timm loads) and README.md, the model card. Offline.
+    """release/ of a run: model.safetensors and config.json (what timm loads), README.md, the model card, and, where the
+    method trains a projection head, head.safetensors. Offline.
 
     Takes the newest checkpoint. Written beside and renamed into place. Raises SystemExit if the run has none.
     """
@@ -258,8 +264,9 @@ def build_release(run_dir: str | Path) -> Path:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        for name in ("model.safetensors", "config.json"):
-            shutil.copy(newest / name, beside)
+        for name in ("model.safetensors", "config.json", "head.safetensors"):
+            if (newest / name).exists():
+                shutil.copy(newest / name, beside)
         (beside / "README.md").write_text(_model_card(run_dir, newest))
         shutil.rmtree(release, ignore_errors=True)
         os.replace(beside, release)
@@ -376,10 +383,10 @@ def push(
 
 
 def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
-    """A release's folder from the Hub (or its local cache): config.json, model.safetensors, README.md."""
+    """A release's folder from the Hub (or its local cache), with the files that build_release writes."""
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "model.safetensors", "README.md"]
+    files = ["config.json", "model.safetensors", "head.safetensors", "README.md"]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
     except Exception as error:

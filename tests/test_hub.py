@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
+from accelerate import Accelerator
 from hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 from tools import disturb_batch_norm, make_backbone, make_run, stop_message
 from torch import Tensor, nn
 
 import common
 import hub
-from trainers import supervised
+from trainers import moco, supervised
+from trainers.shared.run import save_head
 
 HUB = str(common.ROOT / "hub.py")
 
@@ -316,6 +319,32 @@ def test_training_may_start_from_a_release(tmp_path):
     assert torch.equal(fresh(images()), make_backbone("test_resnet")(images()))
     message = stop_message(hub.load_weights, common.create_backbone("resnet18"), str(tmp_path / "run"))
     assert "--init-from" in message and "does not fit resnet18" in message
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "dropout", "deep"])
+@torch.no_grad()
+def test_a_runs_projection_head_comes_along_as_a_teachers(tmp_path, kind):
+    backbone = make_backbone("test_resnet")
+    encoder = moco.Encoder(backbone, moco.create_head(kind, backbone.num_features, 48, 32)).eval()
+    args = moco.Args(run_dir=tmp_path / "run", image_size=32)
+    hub.Run(args, moco.__file__, Accelerator(cpu=True)).save(3, {"encoder_q": encoder}, backbone)
+    for folder in (tmp_path / "run", hub.build_release(tmp_path / "run")):
+        teacher = hub.load_teacher(folder)
+        embedding = F.normalize(teacher.head(teacher(images())), dim=1)
+        torch.testing.assert_close(embedding, encoder(images()), rtol=1e-6, atol=1e-6)
+    fresh = moco.create_head(kind, backbone.num_features, 48, 32)
+    assert hub.load_weights(common.create_backbone("test_resnet"), tmp_path / "run", fresh)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), encoder.head.parameters(), strict=True))
+    spec = f"local-dir:{tmp_path / 'run' / 'release'}"
+    x = (images() - backbone.input_mean) / backbone.input_std
+    assert torch.equal(timm.create_model(spec, pretrained=True).eval()(x), backbone(images()))
+
+
+def test_a_head_that_its_keys_do_not_describe_is_left_out(tmp_path):
+    save_head(tmp_path, nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)))
+    save_head(tmp_path, nn.Identity())
+    save_head(tmp_path, None)
+    assert not list(tmp_path.iterdir())
 
 
 DAMAGES = {

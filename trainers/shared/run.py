@@ -227,6 +227,7 @@ class Run:
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
                 if backbone is not None:
                     save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
+                    save_head(beside, self._head(state, backbone))
                 for file in beside.iterdir():
                     with open(file, "rb") as f:
                         os.fsync(f.fileno())
@@ -241,6 +242,12 @@ class Run:
             for old in checkpoints(self.dir)[self.args.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _head(self, state: dict, backbone: nn.Module) -> nn.Module | None:
+        """The projection head that is trained on this backbone, if the method has one."""
+        modules = (self.accelerator.unwrap_model(v) for v in state.values() if isinstance(v, nn.Module))
+        owner = next((m for m in modules if getattr(m, "backbone", None) is backbone), None)
+        return next((getattr(owner, name) for name in ("head", "projector") if hasattr(owner, name)), None)
 
     def _content(self, value):
         if isinstance(value, nn.Module):
@@ -358,3 +365,12 @@ def save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_head(folder: Path, head: nn.Module | None) -> None:
+    """head.safetensors, for methods that distil a teacher's embedding: what can be rebuilt from its keys alone."""
+    known = (nn.Linear, nn.ReLU, nn.Dropout, nn.modules.batchnorm._BatchNorm)
+    leaves = [] if head is None else [m for m in head.modules() if not isinstance(m, nn.Sequential)]
+    if any(list(m.parameters()) for m in leaves) and all(isinstance(m, known) for m in leaves):
+        weights = {f"head.{k}": v.detach().cpu().contiguous().clone() for k, v in head.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "head.safetensors", metadata={"format": "pt"})
