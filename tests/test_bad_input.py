@@ -18,15 +18,16 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import moco, seed, simsiam, smd, supervised
+from trainers import disco, moco, seed, simsiam, smd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised}
+TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "disco": disco, "supervised": supervised}
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
     "moco": "--backbone",
     "seed": "--student",
+    "disco": "--student",
     "supervised": "--backbone",
 }
 
@@ -82,9 +83,9 @@ def train(tmp_path, photos, teacher):
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
         if name == "smd":
             usual |= {"teacher": teacher, "group_size": 0}
-        if name == "seed":
+        if name in ("seed", "disco"):
             usual |= {"teacher": teacher}
-        if name in ("moco", "seed"):
+        if name in ("moco", "seed", "disco"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         words = []
         for flag, value in (usual | flags).items():
@@ -200,14 +201,20 @@ def test_no_steps_to_do_is_named(train, trainer):
         ("moco", "temperature"),
         ("seed", "student_temperature"),
         ("seed", "teacher_temperature"),
+        ("disco", "temperature"),
+        ("disco", "consistency_weight"),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -0.1])
-def test_a_temperature_that_is_not_above_zero_is_named(train, trainer, flag, value):
+def test_a_number_that_is_not_above_zero_is_named(train, trainer, flag, value):
     assert f"--{flag.replace('_', '-')} {value}: must be above 0" in stop_message(train, trainer, **{flag: value})
 
 
-@pytest.mark.parametrize("trainer", ["moco", "seed"])
+def test_a_hidden_layer_of_negative_width_is_named(train):
+    assert "--hidden-dim -1: must be at least 0" in stop_message(train, "disco", hidden_dim=-1)
+
+
+@pytest.mark.parametrize("trainer", ["moco", "seed", "disco"])
 @pytest.mark.parametrize("length", [0, 12, 32])  # batches of 8, 24 images
 def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
     message = stop_message(train, trainer, queue_length=length)

@@ -7,6 +7,8 @@ from conftest import GOLDEN
 from golden import replay
 
 from common import LARS
+from trainers.disco import consistency_loss
+from trainers.disco import info_nce as disco_info_nce
 from trainers.moco import hide_and_seek, info_nce, momentum_update
 from trainers.seed import seed_loss, warmup_schedule
 from trainers.simsiam import negative_cosine
@@ -20,7 +22,10 @@ RUNS = [  # trainer, file, tag in the file, flags that the record states in word
     ("moco", "moco", "f64", {"head": "wide", "temperature": 0.1}),
     ("seed", "seed", "f64", {"base_lr": 0.03}),
     ("seed", "seed_small_patch", "f64", {"base_lr": 0.03}),
+    ("disco", "disco", "f64", {"consistency_weight": 16}),  # one GPU with all 16 images
 ]
+# What the authors log and what it is of ours: theirs sum over the 16 images.
+METERS = {"mse_q": ("consistency_1", 16), "mse_qk": ("consistency_2", 16)}
 
 
 def arrays(name):
@@ -43,15 +48,18 @@ def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
     meters = [key.split("/")[-1] for key in record if key.startswith(f"{tag}/losses/")]
     assert "loss" in meters
     for meter in meters:
-        np.testing.assert_allclose(ours[meter], record[f"{tag}/losses/{meter}"], rtol=1e-8, err_msg=meter)
+        name, factor = METERS.get(meter, (meter, 1))
+        theirs = record[f"{tag}/losses/{meter}"]
+        np.testing.assert_allclose(factor * np.array(ours[name]), theirs, rtol=1e-8, err_msg=meter)
     np.testing.assert_allclose(ours["lr"], record[f"{tag}/lr"][:, 0], rtol=1e-12)
     theirs = dict(zip(record[f"{tag}/param_names"], record[f"{tag}/final_l2"], strict=True))
     theirs.pop("encoder.fc.6.bias", None)  # SimSiam's never-trained bias, D2
-    theirs = {key: norm for key, norm in theirs.items() if not key.startswith("teacher.")}  # frozen
+    theirs = {key: norm for key, norm in theirs.items() if not key.startswith("teacher")}  # frozen
     assert set(ours["final_l2"]) == set(theirs)
     for key, norm in theirs.items():
         np.testing.assert_allclose(ours["final_l2"][key], norm, rtol=1e-8, atol=1e-10, err_msg=key)
-    for key in (k for k in record if k.startswith(f"{tag}/bn/") and "/teacher." not in k):
+    fixed = ("/teacher.", "/teacher_encoder_k.")  # in eval mode, and one that nobody calls
+    for key in (k for k in record if k.startswith(f"{tag}/bn/") and not any(name in k for name in fixed)):
         np.testing.assert_allclose(
             ours["buffers"][key.removeprefix(f"{tag}/bn/").replace("/", ".")], record[key], rtol=1e-8, atol=1e-10
         )
@@ -127,6 +135,44 @@ def test_moco_loss_gradient_and_momentum_are_the_authors():
     k.p, q.p = (torch.nn.Parameter(g[name].clone()) for name in ("param_k_before", "param_q"))
     momentum_update(k, q, g["momentum"].item())
     close(k.p.detach(), g["param_k_after"])
+
+
+def test_disco_losses_and_gradients_are_the_authors():
+    g, normalise = {k.removeprefix("case0/"): v for k, v in arrays("disco").items()}, torch.nn.functional.normalize
+    t1, t2, k = (normalise(g[f"{name}"]) for name in ("teacher_emb_view1", "teacher_emb_view2", "key_emb_view2"))
+    for mode in ("default", "only_mse"):
+        views = [g[f"student_emb_view{i}"].clone().requires_grad_() for i in (1, 2)]
+        s1, s2 = map(normalise, views)
+        parts = [8 * consistency_loss(s1, t1), 8 * consistency_loss(s2, t2)]  # their sum over 8 images
+        close(parts[0], g[f"{mode}/mse_q"])
+        close(parts[1], g[f"{mode}/mse_qk"])
+        if mode == "default":
+            parts.append(disco_info_nce(s1, k, g["queue_before"].T, g["temperature"].item()))
+            close(parts[2], g["default/ce"])
+        close(sum(parts), g[f"{mode}/loss"])
+        for i, grad in enumerate(torch.autograd.grad(sum(parts), views), start=1):
+            close(grad, g[f"{mode}/grad_student_emb_view{i}"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_disco_weight_is_the_images_of_one_gpu(world):
+    """Their summed consistency after the average of DistributedDataParallel: ours, times one process's images."""
+    g, normalise = arrays("disco_ddp"), torch.nn.functional.normalize
+    student, key = torch.nn.Linear(12, 6, bias=False).double(), torch.nn.Linear(12, 6, bias=False).double()
+    with torch.no_grad():
+        student.weight.copy_(g["student_weight"])
+        key.weight.copy_(g["key_weight"])
+        momentum_update(key, student, g["momentum"].item())
+        k = normalise(key(g["x_view2"]))
+        t1, t2 = (normalise(g[x] @ g["teacher_weight"].T) for x in ("x_view1", "x_view2"))
+    s1, s2 = (normalise(student(g[x])) for x in ("x_view1", "x_view2"))
+    contrast = disco_info_nce(s1, k, g["queue_before"].T, g["temperature"].item())
+    consistency = (8 // world) * (consistency_loss(s1, t1) + consistency_loss(s2, t2))
+    for name, loss in {"ce": contrast, "mse": consistency, "total": contrast + consistency}.items():
+        grad = torch.autograd.grad(loss, student.weight, retain_graph=True)[0]
+        for rank in range(world):
+            close(grad, g[f"world{world}/rank{rank}/{name}/grad_weight"])
+            close(k, g[f"world{world}/rank{rank}/queue_after"].T[:8])
 
 
 def test_seed_loss_and_gradient_are_the_authors():

@@ -29,6 +29,10 @@ SABOTAGE = [
     ("moco", "queue[start : start + args.batch_size] = keys", "queue[start : start + args.batch_size] = keys.flip(1)"),
     ("seed", "t_small[:: args", "t_small[1 :: args"),  # the second patch enqueued
     ("seed", "embed(patches)", "embed(patches.flip(0))"),
+    ("disco", "consistency_loss(s2, t2)", "consistency_loss(s2, t1)"),  # views crossed
+    ("disco", 'statistics.train(args.teacher_bn == "batch")', "statistics.eval()"),
+    ("disco", "info_nce(s1, k, queue", "info_nce(s2, k, queue"),
+    ("disco", "            keys = encode_keys(encoder_k, x2", "            keys = encode_keys(encoder_k, x1"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
@@ -55,6 +59,7 @@ def test_golden_trajectory_notices(method, old, new, tmp_path):
         "smd": ("smd_phase1_epoch0", {}),
         "moco": ("moco", {"head": "wide", "temperature": 0.1}),
         "seed": ("seed_small_patch", {"base_lr": 0.03}),
+        "disco": ("disco", {"consistency_weight": 16}),
     }[method]
     path = GOLDEN / "steps" / f"{name}.npz"
     ours = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"]
@@ -89,6 +94,26 @@ def test_an_smd_student_that_gives_one_feature_is_stopped(tmp_path, tiny_teacher
     monkeypatch.setattr(common, "health", lambda _: {"z_std": 1e-4})  # the student's; the teacher's stays what it is
     with pytest.raises(SystemExit, match="same feature .*--base-lr"):
         tiny_run("smd", tmp_path / "run", tiny_teacher)
+
+
+def test_a_teacher_in_batch_mode_drifts_in_the_run_but_is_reported_as_it_was_loaded(tmp_path, tiny_teacher, capsys):
+    losses, reported, counted = {}, {}, {}
+    for mode in ("batch", "running"):
+        run_dir = tmp_path / mode
+        losses[mode] = [line["loss"] for line in tiny_run("disco", run_dir, tiny_teacher, teacher_bn=mode)]
+        reported[mode] = json.loads((run_dir / "results.json").read_text())["knn teacher"]
+        state = torch.load(hub.checkpoints(run_dir)[0] / "state.pt")["state"]["teacher_bn"]
+        counted[mode] = {v.item() for k, v in state.items() if k.endswith("num_batches_tracked")}
+    assert losses["batch"] != losses["running"] and reported["batch"] == reported["running"]
+    (before,) = counted["running"]
+    assert counted["batch"] == {before + 16}, "two views in each of 8 steps"
+    assert "no projection head: its 96-d features" in capsys.readouterr().out
+
+
+def test_consistency_alone_leaves_infonce_out_of_the_loss(tmp_path, tiny_teacher):
+    for line in tiny_run("disco", tmp_path / "run", tiny_teacher, only_consistency=True):
+        assert line["loss"] == pytest.approx(32 * (line["consistency_1"] + line["consistency_2"]))
+        assert line["info_nce"] > 0
 
 
 def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
