@@ -18,16 +18,25 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import disco, moco, seed, simsiam, smd, supervised
+from trainers import disco, moco, rkd, seed, simsiam, smd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "disco": disco, "supervised": supervised}
+TRAINERS = {
+    "smd": smd,
+    "simsiam": simsiam,
+    "moco": moco,
+    "seed": seed,
+    "disco": disco,
+    "rkd": rkd,
+    "supervised": supervised,
+}
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
     "moco": "--backbone",
     "seed": "--student",
     "disco": "--student",
+    "rkd": "--student",
     "supervised": "--backbone",
 }
 
@@ -81,11 +90,11 @@ def train(tmp_path, photos, teacher):
     def run(name: str, **flags) -> dict[str, float]:
         usual = {"data": photos, "run_dir": tmp_path / "run", "image_size": 16, "batch_size": 8, "total_steps": 2}
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
-        if name == "smd":
-            usual |= {"teacher": teacher, "group_size": 0}
-        if name in ("seed", "disco"):
+        if name in ("smd", "rkd"):
+            usual |= {"group_size": 0}
+        if name in ("smd", "seed", "disco", "rkd"):
             usual |= {"teacher": teacher}
-        if name in ("moco", "seed", "disco"):
+        if name in ("moco", "seed", "disco", "rkd"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         words = []
         for flag, value in (usual | flags).items():
@@ -203,6 +212,8 @@ def test_no_steps_to_do_is_named(train, trainer):
         ("seed", "teacher_temperature"),
         ("disco", "temperature"),
         ("disco", "consistency_weight"),
+        ("rkd", "temperature"),
+        ("rkd", "consistency_weight"),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -0.1])
@@ -210,11 +221,24 @@ def test_a_number_that_is_not_above_zero_is_named(train, trainer, flag, value):
     assert f"--{flag.replace('_', '-')} {value}: must be above 0" in stop_message(train, trainer, **{flag: value})
 
 
-def test_a_hidden_layer_of_negative_width_is_named(train):
-    assert "--hidden-dim -1: must be at least 0" in stop_message(train, "disco", hidden_dim=-1)
+@pytest.mark.parametrize("trainer", ["disco", "rkd"])
+def test_a_hidden_layer_of_negative_width_is_named(train, trainer):
+    assert "--hidden-dim -1: must be at least 0" in stop_message(train, trainer, hidden_dim=-1)
 
 
-@pytest.mark.parametrize("trainer", ["moco", "seed", "disco"])
+@pytest.mark.parametrize("flag", ["distance_weight", "angle_weight", "rank_weight", "attention_weight"])
+def test_a_negative_weight_is_named(train, flag):
+    assert f"--{flag.replace('_', '-')} -1.0: must be at least 0" in stop_message(train, "rkd", **{flag: -1.0})
+
+
+def test_feature_maps_that_cannot_be_compared_are_named(train):
+    train("rkd", attention_weight=1.0)
+    flags = {"attention_weight": 1.0, "student": "test_vit", "image_size": 160, "run_dir": "nowhere"}
+    message = stop_message(train, "rkd", **flags)
+    assert message.startswith("--attention-weight: ") and "(1, 10, 10" in message and "leave it at 0" in message
+
+
+@pytest.mark.parametrize("trainer", ["moco", "seed", "disco", "rkd"])
 @pytest.mark.parametrize("length", [0, 12, 32])  # batches of 8, 24 images
 def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
     message = stop_message(train, trainer, queue_length=length)
@@ -222,8 +246,16 @@ def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])
-def test_groups_that_do_not_fit_the_batch_are_named(train, group_size, must):
-    assert f"--group-size {group_size}: must {must}" in stop_message(train, "smd", group_size=group_size)
+@pytest.mark.parametrize("trainer", ["smd", "rkd"])
+def test_groups_that_do_not_fit_the_batch_are_named(train, trainer, group_size, must):
+    message = stop_message(train, trainer, group_size=group_size)
+    assert f"--group-size {group_size}: must " in message and must in message
+
+
+@pytest.mark.parametrize("group_size, flags", [(1, {}), (4, {"rank_weight": 1.0})])
+def test_a_group_of_too_few_images_is_named(train, group_size, flags):
+    message = stop_message(train, "rkd", group_size=group_size, **flags)
+    assert f"--group-size {group_size}: must be at least {group_size + 1}, " in message
 
 
 def test_a_learning_rate_that_blows_up_is_named_as_the_likely_cause(train):

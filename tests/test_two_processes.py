@@ -46,11 +46,14 @@ def test_two_processes_train_as_one_in_single_precision(tmp_path, tiny_teacher):
     compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-5)
 
 
-def test_a_group_that_spans_both_processes_is_one_group(tmp_path, tiny_teacher):
-    """SMD's pairs are gathered with their gradients: 16 images in one group on 2 x 8."""
+@pytest.mark.parametrize("method", ["smd", "rkd"])
+def test_a_group_that_spans_both_processes_is_one_group(method, tmp_path, tiny_teacher):
+    """Pairs of images are gathered with their gradients: 16 images in one group on 2 x 8."""
+    terms = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64}
     for processes in (1, 2):
-        flags = tiny_flags("smd", tmp_path / str(processes), tiny_teacher, **{"group-size": 0, "total-steps": 4})
-        launch(in_double("smd", processes) + flags)
+        changes = {"group-size": 0, "total-steps": 4, **(terms if method == "rkd" else {})}
+        flags = tiny_flags(method, tmp_path / str(processes), tiny_teacher, **changes)
+        launch(in_double(method, processes) + flags)
     compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 4, 1e-8)
 
 

@@ -107,11 +107,11 @@ class Args:
     encoder_momentum: float = 0.999
     """m of Eq. 2 [main.py --moco-m]"""
     consistency_weight: float = 32.0
-    """weight of each view's mean squared distance to the teacher, D1 [main.py: a sum over a GPU's 32 images]"""
+    """weight of each view's mean squared distance to the teacher [main.py: a sum over a GPU's 32 images]"""
     only_consistency: bool = False
     """leave InfoNCE out of the loss; it is computed and logged all the same [main.py --only-mse]"""
     teacher_bn: Literal["batch", "running"] = "batch"
-    """statistics that the teacher's BatchNorm normalises with: its own groups' or those of its training, D3 [main.py]"""
+    """statistics that the teacher's BatchNorm normalises with: its own groups' or those of its training [main.py]"""
     bn_group_size: int = 32
     """images per BatchNorm group; 0: the whole batch (SyncBN) [256 on 8 GPUs]"""
 
