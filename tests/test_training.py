@@ -127,7 +127,12 @@ def test_consistency_alone_leaves_infonce_out_of_the_loss(tmp_path, tiny_teacher
 
 def test_optional_relations_are_part_of_the_loss(tmp_path, tiny_teacher):
     weights = {"rank_weight": 0.5, "attention_weight": 2.0, "distance_weight": 3.0, "angle_weight": 4.0}
-    flags = {"image_size": 64, "group_size": 8, "consistency": True}  # below 64 px its last map is a point
+    flags = {
+        "image_size": 64,
+        "subset": "96",
+        "group_size": 8,
+        "consistency": True,
+    }  # below 64 px its last map is a point
     lines = tiny_run("rkd", tmp_path / "run", tiny_teacher, **flags, **weights)
     names = {"rkd_distance": 3, "rkd_angle": 4, "hard_dark_rank": 0.5, "attention": 2, "info_nce": 1}
     names |= {"consistency_1": 32, "consistency_2": 32}

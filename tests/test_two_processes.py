@@ -49,7 +49,7 @@ def test_two_processes_train_as_one_in_single_precision(tmp_path, tiny_teacher):
 @pytest.mark.parametrize("method", ["smd", "rkd"])
 def test_a_group_that_spans_both_processes_is_one_group(method, tmp_path, tiny_teacher):
     """Pairs of images are gathered with their gradients: 16 images in one group on 2 x 8."""
-    terms = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64}
+    terms = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64, "subset": 96}
     for processes in (1, 2):
         changes = {"group-size": 0, "total-steps": 4, **(terms if method == "rkd" else {})}
         flags = tiny_flags(method, tmp_path / str(processes), tiny_teacher, **changes)
