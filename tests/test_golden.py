@@ -279,7 +279,8 @@ def test_angles_in_pieces_are_the_same_angles_in_bounded_memory():
 
 
 def test_equal_embeddings_get_a_finite_gradient():
-    s = torch.nn.functional.normalize(torch.ones(8, 16) + torch.arange(8)[:, None] // 2, dim=1).requires_grad_()
+    torch.manual_seed(0)
+    s = torch.nn.functional.normalize(torch.randn(4, 16), dim=1).repeat_interleave(2, 0).requires_grad_()
     t = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
     for relation in (rkd_distance, rkd_angle, hard_dark_rank):
         assert torch.autograd.grad(relation(s, t), s)[0].abs().max() < 1e4, relation.__name__
