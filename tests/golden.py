@@ -124,6 +124,8 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
         (n for n in ("encoder_q", "student") if f"{n}.<n>" in ",".join(record.get("naming_map", ()))), "encoder"
     )
     queues = iter(("queue", "small_queue"))
+    guide = "teacher_encoder_q" if "teacher_encoder_q." in ",".join(record.get("naming_map", ())) else "teacher"
+    teachers: list[hub.Teacher] = []
 
     def rename(name: str) -> str:
         return official_name(name).replace("encoder.", f"{encoder}.", 1)
@@ -141,10 +143,11 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
                 nn.Sequential(nn.Linear(512, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128)),
                 "projection_head",
             )
-        initialise(backbone, lambda name: f"teacher.{name}")
+        initialise(backbone, lambda name: f"{guide}.{name}")
         if head is not None:
-            initialise(head, lambda name: f"teacher.{head_name}.{name}")
-        return hub.Teacher(backbone, {"source": spec, "architecture": spec}, head)
+            initialise(head, lambda name: f"{guide}.{head_name}.{name}")
+        teachers.append(hub.Teacher(backbone, {"source": spec, "architecture": spec}, head))
+        return teachers[0]
 
     original_prepare = Accelerator.prepare
 
@@ -191,5 +194,10 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
             result["buffers"][name] = tensor
         else:
             result["final_l2"][name] = tensor.norm().item()
+    if "teacher_bn" in saved:  # numbered in the order of the network
+        norms = [n for n, m in teachers[0].named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for key, tensor in saved["teacher_bn"].items():
+            number, _, name = key.partition(".")
+            result["buffers"][f"{guide}.{norms[int(number)].removeprefix('backbone.')}.{name}"] = tensor
     result |= {name: saved.get(name) for name in ("queue", "small_queue")}
     return result

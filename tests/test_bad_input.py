@@ -18,15 +18,25 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import moco, seed, simsiam, smd, supervised
+from trainers import disco, moco, rkd, seed, simsiam, smd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised}
+TRAINERS = {
+    "smd": smd,
+    "simsiam": simsiam,
+    "moco": moco,
+    "seed": seed,
+    "disco": disco,
+    "rkd": rkd,
+    "supervised": supervised,
+}
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
     "moco": "--backbone",
     "seed": "--student",
+    "disco": "--student",
+    "rkd": "--student",
     "supervised": "--backbone",
 }
 
@@ -80,11 +90,11 @@ def train(tmp_path, photos, teacher):
     def run(name: str, **flags) -> dict[str, float]:
         usual = {"data": photos, "run_dir": tmp_path / "run", "image_size": 16, "batch_size": 8, "total_steps": 2}
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
-        if name == "smd":
-            usual |= {"teacher": teacher, "group_size": 0}
-        if name == "seed":
+        if name in ("smd", "rkd"):
+            usual |= {"group_size": 0}
+        if name in ("smd", "seed", "disco", "rkd"):
             usual |= {"teacher": teacher}
-        if name in ("moco", "seed"):
+        if name in ("moco", "seed", "disco", "rkd"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         words = []
         for flag, value in (usual | flags).items():
@@ -202,10 +212,14 @@ def test_no_steps_to_do_is_named(train, trainer):
         ("moco", "temperature"),
         ("seed", "student_temperature"),
         ("seed", "teacher_temperature"),
+        ("disco", "temperature"),
+        ("disco", "consistency_weight"),
+        ("rkd", "temperature"),
+        ("rkd", "consistency_weight"),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -0.1])
-def test_a_temperature_that_is_not_above_zero_is_named(train, trainer, flag, value):
+def test_a_number_that_is_not_above_zero_is_named(train, trainer, flag, value):
     assert f"--{flag.replace('_', '-')} {value}: must be above 0" in stop_message(train, trainer, **{flag: value})
 
 
@@ -221,7 +235,23 @@ def test_a_patch_that_is_too_small_to_blur_is_named(train):
     assert "--small-patch-size 6: must be at least 7" in message
 
 
-@pytest.mark.parametrize("trainer", ["moco", "seed"])
+@pytest.mark.parametrize("trainer", ["disco", "rkd"])
+def test_a_hidden_layer_of_negative_width_is_named(train, trainer):
+    assert "--hidden-dim -1: must be at least 0" in stop_message(train, trainer, hidden_dim=-1)
+
+
+@pytest.mark.parametrize("flag", ["distance_weight", "angle_weight", "rank_weight", "attention_weight"])
+def test_a_negative_weight_is_named(train, flag):
+    assert f"--{flag.replace('_', '-')} -1.0: must be at least 0" in stop_message(train, "rkd", **{flag: -1.0})
+
+
+def test_feature_maps_that_cannot_be_compared_are_named(train):
+    message = stop_message(train, "rkd", attention_weight=1.0, student="test_vit", image_size=160)
+    assert message.startswith("--attention-weight: student and teacher must end in (B, C, H, W) maps of one size")
+    assert "(1, 101, 64) and (1, 96, 5, 5); leave it at 0" in message
+
+
+@pytest.mark.parametrize("trainer", ["moco", "seed", "disco", "rkd"])
 @pytest.mark.parametrize("length", [0, 12, 32])  # batches of 8, 24 images
 def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
     message = stop_message(train, trainer, queue_length=length)
@@ -229,8 +259,16 @@ def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])
-def test_groups_that_do_not_fit_the_batch_are_named(train, group_size, must):
-    assert f"--group-size {group_size}: must {must}" in stop_message(train, "smd", group_size=group_size)
+@pytest.mark.parametrize("trainer", ["smd", "rkd"])
+def test_groups_that_do_not_fit_the_batch_are_named(train, trainer, group_size, must):
+    message = stop_message(train, trainer, group_size=group_size)
+    assert f"--group-size {group_size}: must " in message and must in message
+
+
+@pytest.mark.parametrize("group_size, flags", [(1, {}), (4, {"rank_weight": 1.0})])
+def test_a_group_of_too_few_images_is_named(train, group_size, flags):
+    message = stop_message(train, "rkd", group_size=group_size, **flags)
+    assert f"--group-size {group_size}: must be at least {group_size + 1}, " in message
 
 
 def test_a_learning_rate_that_blows_up_is_named_as_the_likely_cause(train):

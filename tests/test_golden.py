@@ -8,9 +8,13 @@ import pytest
 import torch
 from conftest import GOLDEN
 from golden import replay
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import LARS
+from trainers.disco import consistency_loss
+from trainers.disco import info_nce as disco_info_nce
 from trainers.moco import hide_and_seek, info_nce, momentum_update
+from trainers.rkd import attention_transfer, hard_dark_rank, rkd_angle, rkd_distance
 from trainers.seed import seed_loss, warmup_schedule
 from trainers.simsiam import negative_cosine
 from trainers.smd import cosine_loss, smd_loss
@@ -23,7 +27,13 @@ RUNS = [  # trainer, file, tag in the file, flags that the record states in word
     ("moco", "moco", "f64", {"head": "wide", "temperature": 0.1}),
     ("seed", "seed", "f64", {"base_lr": 0.03}),
     ("seed", "seed_small_patch", "f64", {"base_lr": 0.03}),
+    ("disco", "disco", "f64", {"consistency_weight": 16}),  # one GPU with all 16 images
+    ("rkd", "disco_rkd", "f64", {}),
+    # their run with --use-mse was not recorded: without its relations it is DisCo's
+    ("rkd", "disco", "f64", {"consistency": True, "consistency_weight": 16, "distance_weight": 0, "angle_weight": 0}),
 ]
+# What the authors log and what it is of ours: theirs sum over the 16 images.
+METERS = {"ce": ("info_nce", 1), "mse_q": ("consistency_1", 16), "mse_qk": ("consistency_2", 16)}
 
 
 def arrays(name):
@@ -34,27 +44,44 @@ def close(ours, theirs, tolerance=1e-9):
     torch.testing.assert_close(ours, theirs.to(ours), rtol=tolerance, atol=tolerance)
 
 
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made, in the backward pass too."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
 def test_every_recorded_trajectory_is_replayed():
     recorded = {(p.stem, key.split("/")[0]) for p in (GOLDEN / "steps").glob("*.npz") for key in np.load(p)}
     assert {(name, tag) for name, tag in recorded if "f64" in tag} == {(name, tag) for _, name, tag, _ in RUNS}
 
 
-@pytest.mark.parametrize("trainer, name, tag, flags", RUNS, ids=[f"{name}-{tag}" for _, name, tag, _ in RUNS])
+@pytest.mark.parametrize(
+    "trainer, name, tag, flags", RUNS, ids=[f"{trainer}-{name}-{tag}" for trainer, name, tag, _ in RUNS]
+)
 def test_main_repeats_the_authors_trajectory(trainer, name, tag, flags):
     path = GOLDEN / "steps" / f"{name}.npz"
     record, ours = np.load(path), replay(trainer, path, **flags)
     meters = [key.split("/")[-1] for key in record if key.startswith(f"{tag}/losses/")]
     assert "loss" in meters
     for meter in meters:
-        np.testing.assert_allclose(ours[meter], record[f"{tag}/losses/{meter}"], rtol=1e-8, err_msg=meter)
+        name, factor = METERS.get(meter, (meter, 1))
+        theirs = record[f"{tag}/losses/{meter}"]
+        np.testing.assert_allclose(factor * np.array(ours[name]), theirs, rtol=1e-8, err_msg=meter)
     np.testing.assert_allclose(ours["lr"], record[f"{tag}/lr"][:, 0], rtol=1e-12)
     theirs = dict(zip(record[f"{tag}/param_names"], record[f"{tag}/final_l2"], strict=True))
     theirs.pop("encoder.fc.6.bias", None)  # SimSiam's never-trained bias, D2
-    theirs = {key: norm for key, norm in theirs.items() if not key.startswith("teacher.")}  # frozen
+    theirs = {key: norm for key, norm in theirs.items() if not key.startswith("teacher")}  # frozen
     assert set(ours["final_l2"]) == set(theirs)
     for key, norm in theirs.items():
         np.testing.assert_allclose(ours["final_l2"][key], norm, rtol=1e-8, atol=1e-10, err_msg=key)
-    for key in (k for k in record if k.startswith(f"{tag}/bn/") and "/teacher." not in k):
+    fixed = ("/teacher.", "/teacher_encoder_k.")  # in eval mode, and one that nobody calls
+    for key in (k for k in record if k.startswith(f"{tag}/bn/") and not any(name in k for name in fixed)):
         np.testing.assert_allclose(
             ours["buffers"][key.removeprefix(f"{tag}/bn/").replace("/", ".")], record[key], rtol=1e-8, atol=1e-10
         )
@@ -130,6 +157,136 @@ def test_moco_loss_gradient_and_momentum_are_the_authors():
     k.p, q.p = (torch.nn.Parameter(g[name].clone()) for name in ("param_k_before", "param_q"))
     momentum_update(k, q, g["momentum"].item())
     close(k.p.detach(), g["param_k_after"])
+
+
+def test_disco_losses_and_gradients_are_the_authors():
+    g, normalise = {k.removeprefix("case0/"): v for k, v in arrays("disco").items()}, torch.nn.functional.normalize
+    t1, t2, k = (normalise(g[f"{name}"]) for name in ("teacher_emb_view1", "teacher_emb_view2", "key_emb_view2"))
+    for mode in ("default", "only_mse"):
+        views = [g[f"student_emb_view{i}"].clone().requires_grad_() for i in (1, 2)]
+        s1, s2 = map(normalise, views)
+        parts = [8 * consistency_loss(s1, t1), 8 * consistency_loss(s2, t2)]  # their sum over 8 images
+        close(parts[0], g[f"{mode}/mse_q"])
+        close(parts[1], g[f"{mode}/mse_qk"])
+        if mode == "default":
+            parts.append(disco_info_nce(s1, k, g["queue_before"].T, g["temperature"].item()))
+            close(parts[2], g["default/ce"])
+        close(sum(parts), g[f"{mode}/loss"])
+        for i, grad in enumerate(torch.autograd.grad(sum(parts), views), start=1):
+            close(grad, g[f"{mode}/grad_student_emb_view{i}"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_disco_weight_is_the_images_of_one_gpu(world):
+    """Their summed consistency after the average of DistributedDataParallel: ours, times one process's images."""
+    g, normalise = arrays("disco_ddp"), torch.nn.functional.normalize
+    student, key = torch.nn.Linear(12, 6, bias=False).double(), torch.nn.Linear(12, 6, bias=False).double()
+    with torch.no_grad():
+        student.weight.copy_(g["student_weight"])
+        key.weight.copy_(g["key_weight"])
+        momentum_update(key, student, g["momentum"].item())
+        k = normalise(key(g["x_view2"]))
+        t1, t2 = (normalise(g[x] @ g["teacher_weight"].T) for x in ("x_view1", "x_view2"))
+    s1, s2 = (normalise(student(g[x])) for x in ("x_view1", "x_view2"))
+    contrast = disco_info_nce(s1, k, g["queue_before"].T, g["temperature"].item())
+    consistency = (8 // world) * (consistency_loss(s1, t1) + consistency_loss(s2, t2))
+    for name, loss in {"ce": contrast, "mse": consistency, "total": contrast + consistency}.items():
+        grad = torch.autograd.grad(loss, student.weight, retain_graph=True)[0]
+        for rank in range(world):
+            close(grad, g[f"world{world}/rank{rank}/{name}/grad_weight"])
+            close(k, g[f"world{world}/rank{rank}/queue_after"].T[:8])
+
+
+@pytest.mark.parametrize("mode", ["rkd", "rkd_use_mse"])
+def test_rkd_totals_and_gradients_are_the_authors(mode):
+    g, normalise = (
+        {k.removeprefix("case0/"): v for k, v in arrays("disco_rkd_total").items()},
+        torch.nn.functional.normalize,
+    )
+    t1, t2, k = (normalise(g[name]) for name in ("teacher_emb_view1", "teacher_emb_view2", "key_emb_view2"))
+    views = [g[f"student_emb_view{i}"].clone().requires_grad_() for i in (1, 2)]
+    s1, s2 = map(normalise, views)
+    parts = {
+        "ce": disco_info_nce(s1, k, g["queue_before"].T, g["temperature"].item()),
+        "dist": rkd_distance(s1, t1),
+        "angle": rkd_angle(s1, t1),
+        "mse_q": 8 * consistency_loss(s1, t1),
+        "mse_qk": 8 * consistency_loss(s2, t2),
+    }
+    for name, part in parts.items():
+        close(part, g[f"{mode}/{name}"])
+    total = sum(part for name, part in parts.items() if mode == "rkd_use_mse" or not name.startswith("mse"))
+    close(total, g[f"{mode}/loss"])
+    for i, grad in enumerate(torch.autograd.grad(total, views, allow_unused=True), start=1):
+        close(torch.zeros_like(s1) if grad is None else grad, g[f"{mode}/grad_student_emb_view{i}"])
+
+
+RELATIONS = {
+    "rkd_distance": rkd_distance,
+    "rkd_angle": rkd_angle,
+    "hard_dark_rank_a3_b3_p4": hard_dark_rank,
+    "hard_dark_rank_a2_b3_p4": lambda s, t: hard_dark_rank(s, t, alpha=2),
+}
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_relations_and_gradients_are_the_authors(name):
+    g = {k.removeprefix("case0/"): v for k, v in arrays("rkd").items()}
+    student = g["student"].clone().requires_grad_()
+    loss = RELATIONS[name](student, g["teacher"])
+    close(loss, g[f"{name}/loss"])
+    close(torch.autograd.grad(loss, student)[0], g[f"{name}/grad_student"])
+
+
+def test_attention_transfer_and_gradient_are_the_authors():
+    g = {k.removeprefix("case0/"): v for k, v in arrays("rkd").items()}
+    student = g["student_map"].clone().requires_grad_()
+    loss = attention_transfer(student, g["teacher_map"])
+    close(loss, g["attention_transfer/loss"])
+    close(torch.autograd.grad(loss, student)[0], g["attention_transfer/grad_student"])
+
+
+@pytest.mark.parametrize("relation", [rkd_distance, rkd_angle, hard_dark_rank])
+def test_relations_are_those_inside_groups(relation):
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 18, 8, dtype=torch.float64)
+    parts = torch.stack([relation(a, b) for a, b in zip(s.split(6), t.split(6), strict=True)])
+    close(relation(s, t, group_size=6), parts.mean())
+    assert not torch.allclose(relation(s, t), parts.mean())
+    with pytest.raises(ValueError, match="group_size 5"):
+        relation(s, t, group_size=5)
+
+
+def test_hard_dark_rank_needs_neighbours():
+    with pytest.raises(ValueError, match="permutation_length 4: an image has 3 neighbours"):
+        hard_dark_rank(torch.randn(4, 8), torch.randn(4, 8))
+
+
+def test_angles_in_pieces_are_the_same_angles_in_bounded_memory():
+    torch.manual_seed(0)
+    s, t = torch.randn(64, 16, dtype=torch.float64).requires_grad_(), torch.randn(64, 24, dtype=torch.float64)
+    results = []
+    for piece in (2**30, 3 * 64 * 64, 1):
+        largest = Largest()
+        with largest:
+            loss = rkd_angle(s, t, 32, piece)
+            results.append((loss, torch.autograd.grad(loss, s)[0]))
+        assert largest.numel <= max(piece, 2 * 32 * 32)  # no less than one vertex of each group
+    for loss, grad in results[1:]:
+        close(loss, results[0][0])
+        close(grad, results[0][1])
+    s, largest = torch.randn(256, 128).requires_grad_(), Largest()
+    with largest:
+        rkd_angle(s, torch.randn(256, 128)).backward()
+    assert 2**21 < largest.numel <= 2**22, "256^3 cosines would be 2^24"
+
+
+def test_equal_embeddings_get_a_finite_gradient():
+    torch.manual_seed(0)
+    s = torch.nn.functional.normalize(torch.randn(4, 16), dim=1).repeat_interleave(2, 0).requires_grad_()
+    t = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
+    for relation in (rkd_distance, rkd_angle, hard_dark_rank):
+        assert torch.autograd.grad(relation(s, t), s)[0].abs().max() < 1e4, relation.__name__
 
 
 def test_seed_loss_and_gradient_are_the_authors():

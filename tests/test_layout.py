@@ -126,6 +126,16 @@ def test_flags_of_the_same_name_have_the_same_doc():
         assert len(plain) == 1, f"--{name}: {copies}"
 
 
+def test_functions_that_trainers_repeat_are_identical():
+    found = defaultdict(dict)
+    for method in METHODS:
+        for node in ast.parse(source(method)).body:
+            if isinstance(node, ast.FunctionDef):
+                found[node.name][method] = ast.get_source_segment(source(method), node)
+    for name in ("info_nce", "consistency_loss", "momentum_update", "initial_queue"):
+        assert len(found[name]) > 1 and len(set(found[name].values())) == 1, f"{name}: {sorted(found[name])}"
+
+
 @pytest.mark.parametrize("method", TRAINERS)
 def test_equations_of_the_docstring_are_implemented(method):
     stated = set(re.findall(r"\((\d+)\)$", ast.get_docstring(ast.parse(source(method))), re.M))

@@ -29,6 +29,18 @@ SABOTAGE = [
     ("moco", "queue[start : start + args.batch_size] = keys", "queue[start : start + args.batch_size] = keys.flip(1)"),
     ("seed", "t[-1][:: args", "t[-1][1 :: args"),  # the second patch enqueued
     ("seed", "[embed(x) for x in inputs]", "[embed(x.flip(0)) for x in inputs]"),
+    ("disco", "consistency_loss(s2, t2)", "consistency_loss(s2, t1)"),  # views crossed
+    ("disco", 'statistics.train(args.teacher_bn == "batch")', "statistics.eval()"),
+    ("disco", "info_nce(s1, k, queue", "info_nce(s2, k, queue"),
+    ("disco", "            keys = encode_keys(encoder_k, x2", "            keys = encode_keys(encoder_k, x1"),
+    ("rkd", "rkd_distance(s, t, group_size)", "rkd_distance(s, t, group_size // 2)"),
+    ("rkd", "(d.sum((1, 2), keepdim=True) / pairs)", "d.mean((1, 2), keepdim=True)"),  # zeros counted
+    (
+        "rkd",
+        "x.unsqueeze(1) - x[:, start : start + vertices].unsqueeze(2)",
+        "x.unsqueeze(1) + 0 * x[:, start : start + vertices].unsqueeze(2)",
+    ),  # angles at the origin
+    ("rkd", "        if args.consistency:", "        if not args.consistency:"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
@@ -55,6 +67,8 @@ def test_golden_trajectory_notices(method, old, new, tmp_path):
         "smd": ("smd_phase1_epoch0", {}),
         "moco": ("moco", {"head": "wide", "temperature": 0.1}),
         "seed": ("seed_small_patch", {"base_lr": 0.03}),
+        "disco": ("disco", {"consistency_weight": 16}),
+        "rkd": ("disco_rkd", {}),
     }[method]
     path = GOLDEN / "steps" / f"{name}.npz"
     ours = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"]
@@ -91,6 +105,42 @@ def test_an_smd_student_that_gives_one_feature_is_stopped(tmp_path, tiny_teacher
         tiny_run("smd", tmp_path / "run", tiny_teacher)
 
 
+def test_a_teacher_in_batch_mode_drifts_in_the_run_but_is_reported_as_it_was_loaded(tmp_path, tiny_teacher, capsys):
+    losses, reported, counted = {}, {}, {}
+    for mode in ("batch", "running"):
+        run_dir = tmp_path / mode
+        losses[mode] = [line["loss"] for line in tiny_run("disco", run_dir, tiny_teacher, teacher_bn=mode)]
+        reported[mode] = json.loads((run_dir / "results.json").read_text())["knn teacher"]
+        state = torch.load(hub.checkpoints(run_dir)[0] / "state.pt")["state"]["teacher_bn"]
+        counted[mode] = {v.item() for k, v in state.items() if k.endswith("num_batches_tracked")}
+    assert losses["batch"] != losses["running"] and reported["batch"] == reported["running"]
+    (before,) = counted["running"]
+    assert counted["batch"] == {before + 16}, "two views in each of 8 steps"
+    assert "no projection head: its 96-d features" in capsys.readouterr().out
+
+
+def test_consistency_alone_leaves_infonce_out_of_the_loss(tmp_path, tiny_teacher):
+    for line in tiny_run("disco", tmp_path / "run", tiny_teacher, only_consistency=True):
+        assert line["loss"] == pytest.approx(32 * (line["consistency_1"] + line["consistency_2"]))
+        assert line["info_nce"] > 0
+
+
+def test_optional_relations_are_part_of_the_loss(tmp_path, tiny_teacher):
+    weights = {"rank_weight": 0.5, "attention_weight": 2.0, "distance_weight": 3.0, "angle_weight": 4.0}
+    flags = {
+        "image_size": 64,
+        "subset": "96",
+        "group_size": 8,
+        "consistency": True,
+    }  # below 64 px its last map is a point
+    lines = tiny_run("rkd", tmp_path / "run", tiny_teacher, **flags, **weights)
+    names = {"rkd_distance": 3, "rkd_angle": 4, "hard_dark_rank": 0.5, "attention": 2, "info_nce": 1}
+    names |= {"consistency_1": 32, "consistency_2": 32}
+    for line in lines:
+        assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in names.items()))
+        assert all(line[name] > 0 for name in names)
+
+
 def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
     z = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert common.z_std(z).item() == pytest.approx(1, abs=0.02)
@@ -115,7 +165,10 @@ def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
 
 
 # MoCo's loss first rises to ln(1 + K), while real keys replace the random ones of its queue.
-TO_LEARN = {"moco": {"hide_and_seek": False, "augmentation": "digits", "encoder_momentum": 0.9}}
+TO_LEARN = {
+    "moco": {"hide_and_seek": False, "augmentation": "digits", "encoder_momentum": 0.9},
+    "rkd": {"distance_weight": 100.0, "angle_weight": 100.0},
+}
 
 
 @pytest.mark.parametrize("method", TRAINERS)

@@ -46,12 +46,31 @@ def test_two_processes_train_as_one_in_single_precision(tmp_path, tiny_teacher):
     compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-5)
 
 
-def test_a_group_that_spans_both_processes_is_one_group(tmp_path, tiny_teacher):
-    """SMD's pairs are gathered with their gradients: 16 images in one group on 2 x 8."""
+@pytest.mark.parametrize("method", ["smd", "rkd"])
+def test_a_group_that_spans_both_processes_is_one_group(method, tmp_path, tiny_teacher):
+    """Pairs of images are gathered with their gradients: 16 images in one group on 2 x 8."""
+    terms = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64, "subset": 96}
     for processes in (1, 2):
-        flags = tiny_flags("smd", tmp_path / str(processes), tiny_teacher, **{"group-size": 0, "total-steps": 4})
-        launch(in_double("smd", processes) + flags)
+        changes = {"group-size": 0, "total-steps": 4, **(terms if method == "rkd" else {})}
+        flags = tiny_flags(method, tmp_path / str(processes), tiny_teacher, **changes)
+        launch(in_double(method, processes) + flags)
     compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 4, 1e-8)
+
+
+@pytest.mark.parametrize("group_size", [0, 8])
+def test_a_teacher_in_batch_mode_has_the_same_groups_on_both_processes(group_size, tmp_path, tiny_teacher):
+    """DisCo's teacher and students: one group of all 16 images spans 2 x 8; with groups of 8 the keys are shuffled."""
+    for processes in (1, 2):
+        changes = {"bn-group-size": group_size, "total-steps": 4, "save-every": 4}
+        flags = tiny_flags("disco", tmp_path / str(processes), tiny_teacher, **changes)
+        launch(in_double("disco", processes) + flags)
+        facts = json.loads((tmp_path / str(processes) / "environment.json").read_text())
+        assert facts["num_processes"] == processes
+    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 4, 1e-8)
+    one, two = (torch.load(tmp_path / p / "step_00000004" / "state.pt")["state"] for p in "12")
+    assert len(one["teacher_bn"]) > 5
+    for part in ("teacher_bn", "encoder_k", "queue"):
+        torch.testing.assert_close(two[part], one[part], rtol=1e-8, atol=1e-10)
 
 
 def _grouped_batch_norm(group_size: int, folder: str) -> None:

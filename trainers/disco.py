@@ -1,0 +1,342 @@
+"""DisCo: Remedy Self-supervised Learning on Lightweight Models with Distilled Contrastive Learning (Gao et al., ECCV 2022, arXiv:2104.09124).
+
+Two views of every image; s_v the student's and t_v the frozen teacher's unit embedding of view v, k the key encoder's of
+view 2; the queue k_1 .. k_K holds the keys of the batches before this one:
+
+    L_q = - log exp(s_1.k / T) / (exp(s_1.k / T) + sum_i exp(s_1.k_i / T))            (InfoNCE, MoCo's Eq. 1)
+    theta_k <- m theta_k + (1 - m) theta_q                                            (key encoder, MoCo's Eq. 2)
+    L_c = ||s_1 - t_1||^2 + ||s_2 - t_2||^2                                           (consistency with the teacher)
+    L   = L_q + consistency_weight L_c, a mean over images
+
+DisCo's own equation numbers are left out: no readable copy of the paper was at hand, the equations are the code's.
+Reference code: github.com/Yuting-Gao/DisCo-pytorch @ 1d732c8 (main.py). Differences from it:
+  D1. L_c is a mean with a weight of 32. There it is a sum over one GPU's share of 32 images whose gradient is then
+      averaged over 8 GPUs: the same, as long as a GPU has 32 images.
+  D2. BatchNorm groups of student, key encoder and teacher are `--bn-group-size` images of the global batch, not a GPU's
+      share; the keys' are shuffled first, in an order that comes from (seed, step).
+  D3. `--teacher-bn batch`: there the teacher stays in train mode, so its BatchNorm normalises with the batch's own
+      statistics and its running ones drift; nothing reads those. The kNN report is about the teacher as it was loaded.
+  D4. The queue starts with random unit vectors. There it starts with the queue in the teacher's MoCo file, whose name
+      survives the renaming of its keys, and goes back to that on every resume.
+  D5. A teacher without a projection head gives its pooled features, l2-normalised; the student's head and the queue
+      then have their width. There every teacher has a head, and the student's ends in 128.
+  D6. `--hidden-dim` is free; there it is 2048, whatever the backbone.
+  D7. The learning rate is `--base-lr` x batch / 256; there it is `--lr`, whatever the batch. Equal in the paper's runs.
+  D8. timm's ResNets start with the last BatchNorm scale of every block at zero, the authors' at one.
+
+Run:  accelerate launch trainers/disco.py --data IMAGENET_FOLDER --config configs/disco/efficientnet_b0_moco-v2-r50_in1k.toml
+Results: configs/disco/*.toml record command, hardware, time and accuracy of each run.
+"""
+
+import copy
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # before PyPI's common and hub
+import common
+import hub
+
+
+@dataclass(frozen=True)
+class Args:
+    # --- run ---
+    config: Path | None = None
+    """TOML file of flags, one of configs/; the command line overrides it"""
+    run_dir: Path = Path("runs/disco")
+    """where checkpoints, metrics.jsonl, the resolved flags and the release folder are written"""
+    seed: int = 0
+    """seeds weights, data order and views; equal flags on one machine give equal losses"""
+    resume: bool = False
+    """continue exactly from the newest checkpoint in run_dir; refuses to start if there is none"""
+    save_every: int = 1000
+    """steps between checkpoints; one more is written at the end and on SIGTERM"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl; a smaller number waits for the GPU more often"""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """mirror metrics.jsonl to this tracker (an extra: pip install -e .[track])"""
+    push_to_hub: str | None = None
+    """org/name on the Hugging Face Hub to upload the release to at the end"""
+
+    # --- data ---
+    data: str = "digits"
+    """digits (embedded), an image folder, TSV or parquet files, any datasets layout, or a dataset id on the Hub"""
+    split: str = ""
+    """split to train on, where "train" is not it"""
+    image_column: str = ""
+    """image column, where it cannot be told by its type"""
+    label_column: str = ""
+    """label column; labels are used for kNN reports only, except by trainers with a supervised loss"""
+    subset: str = ""
+    """train on part of the images: a count ("5000") or share ("10%"), drawn once from the seed, or a file of their names"""
+    image_size: int = 224
+    """side of the square view, pixels"""
+    num_workers: int = 8
+    """data workers per process for images that do not stay in memory (above 96 px)"""
+    augmentation: Literal["moco_v2", "moco_v1", "digits"] = "moco_v2"
+    """recipe of the random views [main.py --aug-plus: MoCo-v2's, whatever the teacher]"""
+
+    # --- models ---
+    student: str = "resnet18"
+    """timm name of the network to train"""
+    small_images: bool = False
+    """3x3 stride-1 stem and no max-pool, ResNets only; for images of 64 px and below"""
+    teacher: str | None = None
+    """run or release folder, official .pth.tar, timm/NAME, Hub id, or a name that `python hub.py inspect` knows"""
+    init_from: str | None = None
+    """start from this checkpoint instead of random weights: the same forms as --teacher"""
+
+    # --- method ---
+    head: Literal["linear", "mlp"] = "mlp"
+    """student's head: mlp has one hidden layer [main.py --mlp]"""
+    hidden_dim: int = 2048
+    """width of the head's hidden layer; 0: the backbone's [builder_kq_mse_largeembedding_2048.py]"""
+    temperature: float = 0.2
+    """T of Eq. 1 [their commands' --moco-t]"""
+    queue_length: int = 65536
+    """K, embeddings in the queue; a multiple of --batch-size and no longer than the data [main.py --moco-k]"""
+    encoder_momentum: float = 0.999
+    """m of Eq. 2 [main.py --moco-m]"""
+    consistency_weight: float = 32.0
+    """weight of each view's mean squared distance to the teacher [main.py: a sum over a GPU's 32 images]"""
+    only_consistency: bool = False
+    """leave InfoNCE out of the loss; it is computed and logged all the same [main.py --only-mse]"""
+    teacher_bn: Literal["batch", "running"] = "batch"
+    """statistics that the teacher's BatchNorm normalises with: its own groups' or those of its training [main.py]"""
+    bn_group_size: int = 32
+    """images per BatchNorm group; 0: the whole batch (SyncBN) [256 on 8 GPUs]"""
+
+    # --- optimisation ---
+    epochs: float = 200
+    """passes over the data; the schedule's length unless --total-steps is given"""
+    total_steps: int = 0
+    """optimizer steps; 0: derived from --epochs, otherwise it wins"""
+    batch_size: int = 256
+    """images per optimizer step, over all processes"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum is the paper's; adamw learns the embedded digits in a few passes"""
+    base_lr: float = 0.03
+    """learning rate per 256 images: lr = base_lr * batch_size / 256"""
+    warmup_epochs: float = 0.0
+    """epochs of linear warm-up"""
+    lr_per_epoch: bool = True
+    """move the learning rate once an epoch, as the authors do; off: every step"""
+    momentum: float = 0.9
+    """SGD momentum"""
+    weight_decay: float = 1e-4
+    """L2 penalty on all parameters, biases and BatchNorm included"""
+    compile: bool = False
+    """torch.compile the networks; pays on GPUs for runs longer than a few minutes"""
+
+
+class Encoder(nn.Module):
+    """Backbone, head, l2 norm, for all views at once: [(B, 3, S, S)] -> [(B, D)]."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, views: list[Tensor]) -> list[Tensor]:
+        # one pass a view: BatchNorm statistics are per view
+        return [F.normalize(self.head(self.backbone(x)), dim=1) for x in views]
+
+
+def create_head(kind: str, width: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
+    """The projection from `width` features to `embedding_dim`."""
+    hidden = hidden_dim or width
+    if kind == "linear":
+        return nn.Linear(width, embedding_dim)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, embedding_dim))
+
+
+def initial_queue(length: int, dim: int) -> Tensor:
+    """Random unit vectors, (K, D)."""
+    return F.normalize(torch.randn(length, dim), dim=1)
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """L_q, Eq. 1. query, key: (B, D) and queue: (K, D), unit length -> scalar >= 0; only the query gets a gradient."""
+    key, queue = key.detach(), queue.detach()
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], dim=1) / temperature  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+
+
+def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """L_c of one view, a mean over images, teacher detached. student, teacher: (B, D), unit length -> scalar in [0, 4]."""
+    return (student - teacher.detach()).square().sum(1).mean()
+
+
+@torch.no_grad()
+def momentum_update(encoder_k: nn.Module, encoder_q: nn.Module, m: float) -> None:
+    """Eq. 2, for parameters; the key encoder's BatchNorm keeps statistics of its own."""
+    for k, q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
+        k.lerp_(q, 1 - m)
+
+
+@torch.no_grad()
+def encode_keys(encoder_k: nn.Module, x: Tensor, order: Tensor | None, rank: int) -> Tensor:
+    """Keys of the global batch, (batch, D), from this process's (B, 3, S, S); `order` shuffles the global batch."""
+    if order is None:
+        return common.gather(encoder_k([x])[0])
+    share = order[rank * len(x) : (rank + 1) * len(x)].to(x.device)
+    return common.gather(encoder_k([common.gather(x)[share]])[0])[order.argsort().to(x.device)]
+
+
+def main(args: Args) -> dict[str, float]:
+    # --- shared block: setup ---
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with=None if args.tracker == "none" else args.tracker,
+        project_dir=args.run_dir,
+    )
+    run = hub.Run(args, __file__, accelerator)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    # --- end shared block ---
+
+    # --- shared block: data ---
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    source = common.open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **columns)
+    queries = common.open_source(args.data, "eval", **columns)
+    # --- end shared block ---
+    common.check_above_zero(args, "temperature", "consistency_weight")
+    common.check_positive(args, "hidden_dim", least=0)
+    views = [(common.RECIPES[args.augmentation], args.image_size)] * 2
+    data = common.Batches(
+        source,
+        views,
+        args.batch_size,
+        seed=args.seed,
+        device=device,
+        num_workers=args.num_workers,
+        rank=rank,
+        world=world,
+    )
+    if not 0 < args.queue_length <= len(source) or args.queue_length % args.batch_size:
+        raise SystemExit(
+            f"--queue-length {args.queue_length}: must be a multiple of --batch-size {args.batch_size} and at most the "
+            f"{len(source)} images of {args.data}"
+        )
+
+    if args.teacher is None and args.data != "digits":
+        raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/moco.py")
+    teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run))
+    run.record_teacher(teacher)
+    common.to_device(teacher, device)
+    backbone = common.create_backbone(args.student, small_images=args.small_images)
+    if args.init_from:
+        hub.load_weights(backbone, args.init_from)
+    untrained = copy.deepcopy(backbone).to(device)
+    dim = teacher.num_features
+    if teacher.head is None:
+        run.say(f"the teacher has no projection head: its {dim}-d features, l2-normalised, are what is distilled (D5)")
+    else:
+        with torch.no_grad():
+            dim = teacher.head(torch.zeros(1, dim, device=device)).shape[1]
+    encoder_q = Encoder(backbone, create_head(args.head, backbone.num_features, args.hidden_dim, dim))
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    encoder_q, encoder_k, teacher = (
+        common.set_batch_norm_groups(network, args.bn_group_size, args.batch_size)
+        for network in (encoder_q, encoder_k, teacher)
+    )
+    statistics = nn.ModuleList(m for m in teacher.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    as_loaded = copy.deepcopy(statistics.state_dict())
+    statistics.train(args.teacher_bn == "batch")
+    if args.compile:
+        backbone.compile()
+        encoder_k.backbone.compile()
+        teacher.compile()
+
+    peak_lr = args.base_lr * args.batch_size / 256  # linear scaling rule
+    hyper = {"momentum": args.momentum, "weight_decay": args.weight_decay, "device": device}
+    optimizer = common.create_optimizer(args.optimizer, encoder_q.parameters(), peak_lr, **hyper)
+    encoder_q, optimizer = accelerator.prepare(common.to_device(encoder_q, device), optimizer)
+    common.to_device(encoder_k, device).load_state_dict(accelerator.unwrap_model(encoder_q).state_dict())
+    queue = initial_queue(args.queue_length, dim).to(device)
+
+    def embed(x: Tensor) -> Tensor:
+        """The teacher's unit embedding, (B, D)."""
+        features = teacher(x)
+        return F.normalize((features if teacher.head is None else teacher.head(features)).to(queue.dtype), dim=1)
+
+    state = {"encoder_q": encoder_q, "encoder_k": encoder_k, "optimizer": optimizer, "queue": queue}
+    state["teacher_bn"] = statistics  # they drift, D3
+    # --- shared block: resume ---
+    total_steps = args.total_steps or round(args.epochs * data.steps_per_epoch)
+    epochs = total_steps / data.steps_per_epoch  # the length of every schedule, in passes over the data
+    first_step = run.resume(state) if args.resume else 0
+    # --- end shared block ---
+
+    share, grouped = args.batch_size // world, 0 < args.bn_group_size < args.batch_size
+    collapsed = 0
+    for step in run.start(first_step, total_steps, data):
+        batch = data.batch(step)
+        x1, x2 = batch.views
+
+        at, unit = (data.epoch(step), 1) if args.lr_per_epoch else (data.progress(step), 1 / data.steps_per_epoch)
+        common.set_lr(optimizer, common.cosine_schedule(at, epochs, peak_lr, warmup=args.warmup_epochs, unit=unit))
+
+        s1, s2 = encoder_q(batch.views)
+        # before this step's SGD: the keys come from the query encoder as it was
+        momentum_update(encoder_k, accelerator.unwrap_model(encoder_q), args.encoder_momentum)
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        order = torch.randperm(args.batch_size, generator=g) if grouped else None
+        with torch.no_grad(), accelerator.autocast():
+            t2, t1 = embed(x2), embed(x1)  # in this order: the running statistics follow it
+            keys = encode_keys(encoder_k, x2, order, rank).to(queue.dtype)  # (batch, D)
+        k = keys[rank * share : (rank + 1) * share]
+        contrast = info_nce(s1, k, queue, args.temperature)
+        consistency_1, consistency_2 = consistency_loss(s1, t1), consistency_loss(s2, t2)
+        loss = args.consistency_weight * (consistency_1 + consistency_2)
+        if not args.only_consistency:
+            loss = loss + contrast
+
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        start = step * args.batch_size % args.queue_length
+        queue[start : start + args.batch_size] = keys  # the oldest go; the backward pass needed them
+        run.watch(step, loss)
+
+        if run.log_due(step):
+            # z_std: 1 = spread over the sphere, 0 = all embeddings equal; the teacher's own is the goal
+            health = {**common.health(s1), "teacher_z_std": common.z_std(common.gather(t1).cpu()).item()}
+            parts = {"info_nce": contrast, "consistency_1": consistency_1, "consistency_2": consistency_2}
+            seen = run.log(step, loss=loss, **parts, **health, lr=optimizer.param_groups[0]["lr"])
+            collapsed = collapsed + 1 if seen["z_std"] < 0.02 * min(1, seen["teacher_z_std"]) else 0
+            if collapsed == 5:
+                raise SystemExit(
+                    f"step {step}: the student gives every image the same embedding (z_std {seen['z_std']:.4f}, teacher "
+                    f"{seen['teacher_z_std']:.4f}): lower --base-lr"
+                )
+
+        # --- shared block: checkpoint ---
+        stopping = run.stop_requested()
+        if (step + 1) % args.save_every == 0 or step + 1 == total_steps or stopping:
+            run.save(step + 1, state, backbone)
+        if stopping:
+            run.stop(step + 1)
+        # --- end shared block ---
+
+    statistics.load_state_dict(as_loaded)
+    teacher.eval()
+    results = {}
+    if queries is not None and source.labels is not None:
+        networks = {"untrained student": untrained, "teacher": teacher, "distilled student": backbone}
+        results = common.knn_table(
+            networks, source, queries, args.image_size, accelerator, num_workers=args.num_workers
+        )
+    hub.finish(run, source, results)
+    return results
+
+
+if __name__ == "__main__":
+    main(common.parse_args(Args))
