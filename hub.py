@@ -5,6 +5,7 @@
     python hub.py pull org/name                # its inverse
     python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
     python hub.py list                         # the official teachers that --teacher knows by name
+    python hub.py report RUN RUN ...           # one table over many runs and evaluations
 
 Nothing in here knows a loss.
 """
@@ -16,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -473,6 +475,44 @@ def _inspect(spec: str, /) -> None:
     print(f"{'head':>12}  {'none' if teacher.head is None else str(teacher.head).replace(chr(10), ' ')}")
 
 
+def report(runs: Sequence[Path]) -> str:
+    """One Markdown table over many runs' results.json: a row a figure, a column a checkpoint. Percentages as they are.
+
+    Raises SystemExit for a folder without results.
+    """
+    table: dict[str, dict[str, float]] = {}  # row -> {column: figure}
+    columns: list[str] = []
+    for run in runs:
+        results = _read_json(run / "results.json")
+        if not results:
+            raise SystemExit(f"{run}: no results.json; a run writes it at its end")
+        column = str(results.get("checkpoint") or run)
+        columns += [column] if column not in columns else []
+        data = Path(results.get("data") or _read_json(run / "args.json").get("data", "")).name
+        for name, value in results.items():
+            if isinstance(value, float):
+                row = f"{results.get('trainer', '?')} on {data}: {name}"
+                if column in table.get(row, {}):  # the same evaluation twice: on other images or with other flags
+                    row += f" ({run.name})"
+                table.setdefault(row, {})[column] = value
+    lines = [["", *columns], ["---"] + ["---:"] * len(columns)]
+    for row, found in table.items():
+        figures = (found.get(column) for column in columns)
+        lines.append(
+            [row, *("" if f is None else f"{f:.2f}" if abs(f) >= 1 or f == 0 else f"{f:.4f}" for f in figures)]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _report(runs: tuple[Path, ...], /) -> None:
+    """Print one table over many runs and evaluations.
+
+    Args:
+        runs: run folders with a results.json
+    """
+    print(report(runs))
+
+
 def _list() -> None:
     """Show the official checkpoints that --teacher takes by name, as published."""
     print(f"{'name':32}{'linear top-1':>14}  {'licence':14}source")
@@ -483,6 +523,6 @@ def _list() -> None:
 if __name__ == "__main__":
     sys.modules.setdefault("hub", sys.modules["__main__"])
     app = tyro.extras.SubcommandApp()
-    for function in (_build, _push, _pull, _inspect, _list):
+    for function in (_build, _push, _pull, _inspect, _list, _report):
         app.command(function, name=function.__name__[1:])
     app.cli(description="Releases, teachers and the Hugging Face Hub.")

@@ -317,12 +317,21 @@ class Run:
             (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
 
     def finish(self, source: common.Source | None, results: dict) -> None:
-        """Close the log, write results.json and, where images could not be read, bad_images.txt."""
+        """Close the log, write results.json and, where images could not be read, bad_images.txt.
+
+        results.json holds `results`, the trainer's name, the data's fingerprint and the versions: what a figure needs to
+        be believed later.
+        """
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self.accelerator.is_main_process:
-            (self.dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            facts = json.loads((self.dir / "environment.json").read_text())
+            record = {"trainer": facts["trainer"], **results}
+            if source is not None:
+                record["data_fingerprint"] = source.fingerprint()
+            record["versions"] = {k: facts[k] for k in ("commit", "python", "torch", "torchvision", "timm")}
+            (self.dir / "results.json").write_text(json.dumps(record, indent=2) + "\n")
             if source is not None and source.bad:
                 (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
                 self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
