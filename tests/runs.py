@@ -15,7 +15,7 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "simsiam", "moco", "supervised"]
+TRAINERS = ["smd", "seed", "simsiam", "moco", "swav", "supervised"]
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip

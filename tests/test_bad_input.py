@@ -18,15 +18,16 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import moco, seed, simsiam, smd, supervised
+from trainers import moco, seed, simsiam, smd, supervised, swav
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised}
+TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "swav": swav, "supervised": supervised}
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
     "moco": "--backbone",
     "seed": "--student",
+    "swav": "--backbone",
     "supervised": "--backbone",
 }
 
@@ -86,6 +87,8 @@ def train(tmp_path, photos, teacher):
             usual |= {"teacher": teacher}
         if name in ("moco", "seed"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
+        if name == "swav":
+            usual |= {"small_crops": 1, "small_crop_size": 8, "num_prototypes": 10, "hidden_dim": 16}
         words = []
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
@@ -200,6 +203,7 @@ def test_no_steps_to_do_is_named(train, trainer):
         ("moco", "temperature"),
         ("seed", "student_temperature"),
         ("seed", "teacher_temperature"),
+        ("swav", "temperature"),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -0.1])
@@ -212,6 +216,23 @@ def test_a_temperature_that_is_not_above_zero_is_named(train, trainer, flag, val
 def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
     message = stop_message(train, trainer, queue_length=length)
     assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
+
+
+@pytest.mark.parametrize("length", [-8, 12, 32])  # batches of 8, 24 images; 0 is none
+def test_an_assignment_queue_that_does_not_fit_is_named(train, length):
+    message = stop_message(train, "swav", queue_length=length)
+    assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
+
+
+MULTI_CROP_NUMBERS = {
+    "large_crops": (1,), "small_crops": (-1,), "small_crop_size": (0,), "num_prototypes": (1,), "projection_dim": (0,),
+    "sinkhorn_iterations": (0,), "epsilon": (0.01,), "freeze_prototypes_steps": (-1,), "queue_start_epoch": (-1,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, value", [(f, value) for f, values in MULTI_CROP_NUMBERS.items() for value in values])
+def test_a_number_that_makes_no_sense_to_swav_is_named(train, flag, value):
+    assert f"--{flag.replace('_', '-')} {value}: must be at least" in stop_message(train, "swav", **{flag: value})
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])
