@@ -5,8 +5,10 @@ of the trainer: the backbone's forward pass is timm's, all that follows it (head
 schedule) is written out here, for one process and one BatchNorm group.
 """
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -15,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from runs import metrics
+from tools import make_backbone
+from torch import nn
 
 import common
+import hub
 
 RECIPE = {
     "backbone": "test_resnet", "image_size": 16, "large_crops": 3, "small_crops": 2, "small_crop_size": 8,
@@ -26,10 +31,15 @@ RECIPE = {
 }  # fmt: skip
 
 
-def logged(trainer: ModuleType, run_dir: Path, **flags) -> tuple[list[dict], list, torch.nn.Module]:
-    """Run `main` in float64: its lines, each step's views, the prepared network as it was before the first step."""
+def trajectories(trainer: ModuleType, run_dir: Path, with_head: bool = True) -> tuple[list[dict], list[float]]:
+    """What `main` logged, one line a step, and the losses derived here. A trainer with --teacher gets a random one."""
     views, networks = [], []
     batch, prepare = common.Batches.batch, Accelerator.prepare
+    backbone, head = make_backbone("test_resnet").double(), None
+    if with_head:
+        head = [nn.Linear(backbone.num_features, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6)]
+        head = nn.Sequential(*head).double()
+    teacher = hub.Teacher(backbone, {"source": "a test", "architecture": "test_resnet"}, head)
 
     def record(self, step):
         got = batch(self, step)
@@ -41,18 +51,32 @@ def logged(trainer: ModuleType, run_dir: Path, **flags) -> tuple[list[dict], lis
         networks.append(copy.deepcopy(network))
         return prepare(self, network, optimizer)
 
+    def half_the_mean_square(crops, z):
+        t = [teacher(x) if head is None else head(teacher(x)) for x in crops]
+        return 0.5 * (z - torch.stack(t)).square().mean()
+
+    fields = trainer.Args.__dataclass_fields__
+    known = {**RECIPE, "student": RECIPE["backbone"], "teacher": "a test", "run_dir": run_dir}
+    replacements = [
+        (common.Batches, "batch", record),
+        (Accelerator, "prepare", keep),
+        (hub, "load_teacher", lambda _: teacher),
+    ]
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch.object(common.Batches, "batch", record), mock.patch.object(Accelerator, "prepare", keep):
-            trainer.main(trainer.Args(**{**RECIPE, "run_dir": run_dir, **flags}))
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in replacements:
+                stack.enter_context(mock.patch.object(owner, name, value))
+            trainer.main(trainer.Args(**{k: v for k, v in known.items() if k in fields}))
     finally:
         torch.set_default_dtype(dtype)
-    return metrics(run_dir), views, networks[0]
+    extra = half_the_mean_square if "teacher" in fields else lambda crops, z: 0.0
+    return metrics(run_dir), derive(views, networks[0], extra)
 
 
-def swav_losses(views: list, network: torch.nn.Module, extra=lambda crops, z: 0.0) -> list[float]:
-    """The losses of `RECIPE` from the recorded views and initial weights; `extra(crops, z)` is added to each."""
+def derive(views: list, network: nn.Module, extra: Callable) -> list[float]:
+    """The losses of `RECIPE` from each step's views and the initial weights; `extra(crops, z)` is added to each."""
     backbone, head, prototypes = network.backbone.double().train(), network.head, network.prototypes.weight
     weights = [*network.parameters()]
     speed = [torch.zeros_like(w) for w in weights]
@@ -66,7 +90,7 @@ def swav_losses(views: list, network: torch.nn.Module, extra=lambda crops, z: 0.
         hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
         z = F.linear((hidden * head[1].weight + head[1].bias).relu(), head[3].weight, head[3].bias)
         z = z / z.norm(dim=1, keepdim=True)
-        z = z.view(5, 8, 6)
+        z = z.view(5, 8, -1)
         log_p = [(F.linear(x, prototypes) / 0.1).log_softmax(1) for x in z]
         loss = 0.0
         for a in (0, 1):

@@ -18,16 +18,20 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import moco, seed, simsiam, smd, supervised, swav
+from trainers import moco, seed, simsiam, smd, supervised, swav, swav_disco
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "swav": swav, "supervised": supervised}
+TRAINERS = {
+    "smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "swav": swav, "swav_disco": swav_disco,
+    "supervised": supervised,
+}  # fmt: skip
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
     "moco": "--backbone",
     "seed": "--student",
     "swav": "--backbone",
+    "swav_disco": "--student",
     "supervised": "--backbone",
 }
 
@@ -83,12 +87,18 @@ def train(tmp_path, photos, teacher):
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
         if name == "smd":
             usual |= {"teacher": teacher, "group_size": 0}
-        if name == "seed":
+        if name in ("seed", "swav_disco"):
             usual |= {"teacher": teacher}
         if name in ("moco", "seed"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
-        if name == "swav":
-            usual |= {"small_crops": 1, "small_crop_size": 8, "num_prototypes": 10, "hidden_dim": 16}
+        if name in ("swav", "swav_disco"):
+            usual |= {
+                "queue_length": 0,
+                "small_crops": 1,
+                "small_crop_size": 8,
+                "num_prototypes": 10,
+                "hidden_dim": 16,
+            }
         words = []
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
@@ -204,6 +214,7 @@ def test_no_steps_to_do_is_named(train, trainer):
         ("seed", "student_temperature"),
         ("seed", "teacher_temperature"),
         ("swav", "temperature"),
+        ("swav_disco", "temperature"),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -0.1])
@@ -218,21 +229,27 @@ def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
     assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
 
 
+@pytest.mark.parametrize("trainer", ["swav", "swav_disco"])
 @pytest.mark.parametrize("length", [-8, 12, 32])  # batches of 8, 24 images; 0 is none
-def test_an_assignment_queue_that_does_not_fit_is_named(train, length):
-    message = stop_message(train, "swav", queue_length=length)
+def test_an_assignment_queue_that_does_not_fit_is_named(train, trainer, length):
+    message = stop_message(train, trainer, queue_length=length)
     assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
 
 
 MULTI_CROP_NUMBERS = {
-    "large_crops": (1,), "small_crops": (-1,), "small_crop_size": (0,), "num_prototypes": (1,), "projection_dim": (0,),
-    "sinkhorn_iterations": (0,), "epsilon": (0.01,), "freeze_prototypes_steps": (-1,), "queue_start_epoch": (-1,),
+    "large_crops": 1, "small_crops": -1, "small_crop_size": 0, "num_prototypes": 1, "projection_dim": 0, "mse_weight": -0.5,
+    "sinkhorn_iterations": 0, "epsilon": 0.01, "freeze_prototypes_steps": -1, "queue_start_epoch": -1,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flag, value", [(f, value) for f, values in MULTI_CROP_NUMBERS.items() for value in values])
-def test_a_number_that_makes_no_sense_to_swav_is_named(train, flag, value):
-    assert f"--{flag.replace('_', '-')} {value}: must be at least" in stop_message(train, "swav", **{flag: value})
+@pytest.mark.parametrize("flag", MULTI_CROP_NUMBERS)
+def test_a_number_that_makes_no_sense_to_multi_crop_trainers_is_named(train, flag):
+    value = MULTI_CROP_NUMBERS[flag]
+    asked = [name for name in ("swav", "swav_disco") if hasattr(TRAINERS[name].Args, flag)]
+    assert asked
+    for trainer in asked:
+        message = stop_message(train, trainer, **{flag: value})
+        assert f"--{flag.replace('_', '-')} {value}: must be at least" in message
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import GOLDEN
 from golden import replay
-from rederived import logged, swav_losses
+from rederived import trajectories
 
 from common import LARS
-from trainers import swav
+from trainers import swav, swav_disco
 from trainers.moco import hide_and_seek, info_nce, momentum_update
 from trainers.seed import seed_loss, warmup_schedule
 from trainers.simsiam import negative_cosine
@@ -235,8 +235,9 @@ def test_swav_schedule_is_the_authors(key, warmup, rates):
     np.testing.assert_allclose(ours, arrays("swav")[f"lr_schedule/{key}_4it_20ep"], rtol=1e-9)
 
 
-def test_swav_steps_are_what_the_equations_give(tmp_path):
-    lines, views, network = logged(swav, tmp_path / "run")
-    theirs = swav_losses(views, network)
+@pytest.mark.parametrize("trainer, with_head", [(swav, False), (swav_disco, True), (swav_disco, False)])
+def test_swav_steps_are_what_the_equations_give(trainer, with_head, tmp_path):
+    lines, theirs = trajectories(trainer, tmp_path / "run", with_head)
     assert len(theirs) == 9, "no queue, an empty one, a full one; frozen and learning prototypes; warm-up and cosine"
     np.testing.assert_allclose([line["loss"] for line in lines], theirs, rtol=1e-8)
+    assert all(line.get("mse_term", 1) > 0.01 for line in lines), "too small to be noticed"

@@ -1,5 +1,4 @@
-"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., NeurIPS 2020,
-arXiv:2006.09882).
+"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., NeurIPS 2020, arXiv:2006.09882).
 
     l(z_v, q_a) = - sum_k q_a^k log p_v^k,   p_v = softmax_k(z_v . c_k / temperature)              (swapped prediction)
     L = 1/2 sum_{a in 1, 2} 1/(V-1) sum_{v != a} l(z_v, q_a), a mean over the batch                (multi-crop)
