@@ -373,7 +373,8 @@ def main(args: Args) -> dict[str, float]:
             if stuck >= max(5, patience / args.log_every):
                 raise SystemExit(
                     f"step {step}: SwAV's loss has been at ln(--num-prototypes) = {chance:.3f} or above since the prototypes "
-                    f"are learnt ({seen['swapped_term']:.3f}): {why_stuck(seen)}"
+                    f"are learnt ({seen['swapped_term']:.3f}): {why_stuck(seen)}; or "
+                    "lower --mse-weight"
                 )
 
         # --- shared block: checkpoint ---
