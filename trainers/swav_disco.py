@@ -112,7 +112,7 @@ class Args:
     hidden_dim: int = 2048
     """width of the head's hidden layer; 0: the backbone's [--hidden_mlp; 8192 with their wider networks]"""
     mse_weight: float = 0.5
-    """weight of the mean squared error to the teacher's embedding, D6 [main_swav_distill.py]"""
+    """weight of the mean squared error to the teacher's embedding, D6; tens for a teacher without a head [main_swav_distill.py]"""
     num_prototypes: int = 3000
     """K; with thousands on small data the loss stays at ln K: tens to hundreds there [--nmb_prototypes]"""
     temperature: float = 0.1
