@@ -50,6 +50,7 @@ from trainers.shared.views import (
     MOCO_V1,
     MOCO_V2,
     RECIPES,
+    SWAV_MULTICROP,
     Recipe,
     colour_batch,
     crop_batch,

@@ -15,7 +15,7 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "disco", "rkd", "simsiam", "moco", "supervised"]
+TRAINERS = ["smd", "seed", "disco", "rkd", "swav_disco", "simsiam", "moco", "swav", "supervised"]
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
@@ -24,7 +24,7 @@ ENV = {
 def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str]:
     """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
-    if method in ("smd", "seed", "disco", "rkd"):
+    if "teacher" in importlib.import_module(f"trainers.{method}").Args.__dataclass_fields__:
         flags["teacher"] = teacher
     words = []
     for key, value in flags.items():

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import GOLDEN, ROOT
 from golden import replay
+from rederived import trajectories
 from runs import ENV, TRAINERS, command, launch, metrics, tiny_flags, tiny_run
 
 import common
@@ -41,6 +42,14 @@ SABOTAGE = [
         "x.unsqueeze(1) + 0 * x[:, start : start + vertices].unsqueeze(2)",
     ),  # angles at the origin
     ("rkd", "        if args.consistency:", "        if not args.consistency:"),
+    ("swav", "prototypes.grad = None", "pass"),  # never frozen
+    ("swav", "prototypes.copy_(F.normalize(prototypes, dim=1))", "pass"),
+    ("swav", "gather(z[:, :2])", "gather(z[:, :2].flip(1))"),  # queues of the two crops crossed
+    ("swav", ">= args.queue_length:  # it is full", "> 0:"),
+    ("swav", "q /= all_sum(q.sum(dim=0))", "q *= 1"),  # no balance between prototypes
+    ("swav", "- each.diagonal().sum()", "- 0"),  # a crop predicts its own code
+    ("swav_disco", "args.mse_weight * mse", "mse"),
+    ("swav_disco", "F.mse_loss(z, t)", "F.mse_loss(z, F.normalize(t, dim=2))"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
@@ -62,6 +71,10 @@ def sabotaged(method, old, new, folder):
 
 @pytest.mark.parametrize("method, old, new", SABOTAGE, ids=lambda s: re.sub(r"\W+", "-", s)[:30])
 def test_golden_trajectory_notices(method, old, new, tmp_path):
+    if method in ("swav", "swav_disco"):
+        lines, theirs = trajectories(sabotaged(method, old, new, tmp_path), tmp_path / "run")
+        assert not np.allclose([line["loss"] for line in lines], theirs, rtol=1e-6)
+        return
     name, flags = {
         "simsiam": ("simsiam", {}),
         "smd": ("smd_phase1_epoch0", {}),
@@ -141,6 +154,27 @@ def test_optional_relations_are_part_of_the_loss(tmp_path, tiny_teacher):
         assert all(line[name] > 0 for name in names)
 
 
+STUCK = {
+    "uniform codes": ({"epsilon": 5.0}, {}, "codes are all but uniform.*lower --epsilon"),
+    "one embedding": ({}, {"z_std": 1e-3}, "same embedding.*lower --base-lr, or raise --freeze-prototypes-steps"),
+    "wrong codes": ({}, {"code_entropy": 0.5}, "not predicted: lower --num-prototypes"),
+}
+
+
+@pytest.mark.parametrize("cause", STUCK)
+def test_a_swav_run_that_stays_at_chance_is_stopped_with_the_cause(cause, tmp_path, tiny_teacher, monkeypatch):
+    flags, figures, message = STUCK[cause]
+    if figures:  # a learning rate of zero keeps the loss where it began
+        flags = {"base_lr": 0.0, "start_lr": 0.0, "final_lr": 0.0, "log_every": 10}
+        log = hub.Run.log
+        monkeypatch.setattr(hub.Run, "log", lambda self, step, **m: log(self, step, **{**m, **figures}))
+    flags |= {"subset": "64", "num_prototypes": 50, "total_steps": 400, "save_every": 1000}
+    with pytest.raises(SystemExit, match=rf"step \d+: the loss has been at ln\(--num-prototypes\) = 3.912.*{message}"):
+        tiny_run("swav", tmp_path / "run", tiny_teacher, **flags)
+    last = metrics(tmp_path / "run")[-1]
+    assert 100 <= last["step"] <= 115 and last["loss"] > 0.995 * math.log(50)
+
+
 def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
     z = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert common.z_std(z).item() == pytest.approx(1, abs=0.02)
@@ -156,7 +190,8 @@ def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
 def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", "bf16"]
     # torch's bf16 convolutions (2.6 and 2.15) give a gradient that is not finite now and then on maps of 1x1: not below 32 px
-    sizes = {"image-size": 32} | ({"small-patch-size": 32} if method == "seed" else {})
+    small = {"seed": "small-patch-size", "swav": "small-crop-size", "swav_disco": "small-crop-size"}
+    sizes = {"image-size": 32} | ({small[method]: 32} if method in small else {})
     flags = tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 6, **sizes})
     launch([*launcher, *command(method)[1:], *flags])
     assert json.loads((tmp_path / "environment.json").read_text())["mixed_precision"] == "bf16"

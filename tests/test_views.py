@@ -103,7 +103,10 @@ def test_recipes_are_the_authors():
     assert (v1.scale, v1.jitter, v1.jitter_prob, v1.grey, v1.grey_first) == ((0.2, 1.0), (0.4,) * 4, 1.0, 0.2, True)
     assert (v2.scale, v2.jitter, v2.jitter_prob) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8)
     assert (v2.grey, v2.grey_first, v2.blur, v2.blur_sigma) == (0.2, False, 0.5, (0.1, 2.0))
-    assert [r.flip for r in views.RECIPES.values()] == [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
+    crops = views.SWAV_MULTICROP
+    assert (crops.scale, crops.jitter, crops.jitter_prob) == ((0.14, 1.0), (0.8, 0.8, 0.8, 0.2), 0.8)
+    assert (crops.grey, crops.grey_first, crops.blur, crops.blur_sigma) == (0.2, False, 0.5, (0.1, 2.0))
+    assert [r.flip for r in views.RECIPES.values()] == [0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("recipe", [*views.RECIPES.values(), EVERYTHING])

@@ -4,7 +4,8 @@
 
 The default is the probe of SMD and SimSiam: LARS, batch 4096, learning rate 0.1 x batch / 256, 90 epochs, a cosine per
 epoch, momentum 0.9, no weight decay, W ~ N(0, 0.01), b = 0, random crops and flips. MoCo's, SEED's and ssl-small's is SGD
-at learning rate 30 for a batch of 256, x0.1 at epochs 60 and 80 of 100 (configs/eval_linear/sgd_step_in1k.toml).
+at learning rate 30 for a batch of 256, x0.1 at epochs 60 and 80 of 100 (configs/eval_linear/sgd_step_in1k.toml), SwAV's
+at 0.3 with a cosine per epoch and weight decay 1e-6 (sgd_cosine_in1k.toml).
 Several learning rates train side by side: one head each from the same initial W, on the same features, one pass over the
 backbone for all. The losses are summed, so that no head feels another: each ends where it would alone.
 Reference code: github.com/liuhao-lh/SMD @ a613972, main_lincls.py; github.com/facebookresearch/moco @ 64444f4,

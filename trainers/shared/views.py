@@ -43,6 +43,8 @@ class Recipe:
 MOCO_V1 = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_prob=1.0, grey=0.2, grey_first=True)
 # facebookresearch/moco main_moco.py @ 64444f4, --aug-plus; simsiam main_simsiam.py @ a7bc177 has the same.
 MOCO_V2 = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=0.5)
+# facebookresearch/swav src/multicropdataset.py @ 06b1b7c: the large crops; the small ones differ by their scale alone.
+SWAV_MULTICROP = Recipe(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), grey=0.2, blur=0.5)
 # facebookresearch/moco main_lincls.py @ 64444f4: torchvision's RandomResizedCrop as it is, and a flip.
 LINEAR = Recipe()
 # He et al. 2016, section 4.2: four pixels of padding and a flip; torchvision RandomCrop(32, padding=4).
@@ -52,7 +54,8 @@ EVAL = Recipe(crop="centre", flip=0.0)
 # Ours, for the embedded digits: a flip or a tight crop would change the digit, the colours carry nothing.
 DIGITS = Recipe(scale=(0.6, 1.0), flip=0.0, grey=0.2, permute=0.8)
 RECIPES = {
-    "moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "linear": LINEAR, "cifar": CIFAR, "eval": EVAL, "digits": DIGITS,
+    "moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "multi_crop": SWAV_MULTICROP,
+    "linear": LINEAR, "cifar": CIFAR, "eval": EVAL, "digits": DIGITS,
 }  # fmt: skip
 
 
