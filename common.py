@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -520,6 +521,14 @@ def extract_features(
         for part in features.split(65536):
             part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
     return features
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A checksum of a network's weights and buffers."""
+    crc = 0
+    for tensor in network.state_dict().values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def eval_recipe(size: int) -> Recipe:
