@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 # Chapters that would make this file too long to read: our own networks, where images come from, the random views.
+from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarNetwork
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.sources import (
     RESIDENT_PX,
     Source,
     available_cores,
     check_bad,
+    count_classes,
     decode_rgb,
     first_line,
     labelled_pair,
@@ -49,10 +51,12 @@ from trainers.shared.views import (
     MOCO_V1,
     MOCO_V2,
     RECIPES,
+    SSKD_ROTATIONS,
     Recipe,
     colour_batch,
     crop_batch,
     crop_one,
+    rotations,
     sample_params,
     ssl_small,
     uniforms,
@@ -358,9 +362,12 @@ def create_backbone(
 
     It normalises its own input with `mean` and `std` (default: those of its timm config), in a hook that leaves the
     state-dict keys timm's; a network of fixed input size (ViT) also resizes. `small_images` takes the ResNet with a
-    3x3 stem of the same name (`resnet18_small`, ...). `kwargs` go to `timm.create_model`. Raises SystemExit for a name
-    that timm does not know.
+    3x3 stem of the same name (`resnet18_small`, ...). The CIFAR zoo is also known by its authors' names: `vgg13` is
+    theirs, timm's network of that name is `vgg13.tv_in1k`. `kwargs` go to `timm.create_model`. Raises SystemExit for a
+    name that timm does not know.
     """
+    if not kwargs.get("pretrained"):
+        name = OFFICIAL_NAMES.get(name, name)
     if small_images and not name.endswith("_small"):
         name = f"{name}_small"
         if not timm.is_model(name):
@@ -391,6 +398,18 @@ def _normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     if model.input_side and x.shape[-1] != model.input_side:
         x = F.interpolate(x, (model.input_side, model.input_side), mode="bicubic", antialias=True)
     return ((x - model.input_mean) / model.input_std,)
+
+
+def forward_stages(model: nn.Module, x: Tensor, *, preact: bool = False) -> tuple[list[Tensor], Tensor]:
+    """One pass of a network from `create_backbone`, x (B, 3, H, W) in [0, 1], with everything that distillation looks at.
+
+    -> ([feature maps (B, C, H, W), the stem's first, ..., pooled features (B, D)], logits (B, num_classes)). The maps
+    are timm's `forward_intermediates`; with `preact`, for the CIFAR zoo only, before each stage's last activation.
+    """
+    (x,) = _normalise_input(model, (x,))
+    x, maps = model.forward_intermediates(x, **({"preact": True} if preact else {}))
+    pooled = model.forward_head(x, pre_logits=True)
+    return [*maps, pooled], model.get_classifier()(pooled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,6 +533,12 @@ def extract_features(
 def eval_recipe(size: int) -> Recipe:
     """The evaluation view: the whole image where it is small, else the usual centre crop."""
     return dataclasses.replace(EVAL, crop_pct=1.0) if size <= RESIDENT_PX else EVAL
+
+
+def top1_accuracy(model: nn.Module, source: Source, size: int, accelerator: Accelerator, **options) -> float:
+    """Percent of a labelled source's images that a classifier names right. `options` go to `extract_features`."""
+    logits = extract_features(model, source, eval_recipe(size), size, accelerator, **options)
+    return 100 * (logits.argmax(1) == source.labels).double().mean().item()
 
 
 def knn_table(

@@ -338,7 +338,7 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     if run.accelerator.is_main_process:
         build_release(run.dir)
         config = _read_json(release / "config.json")
-        load = "import common, timm" if config["architecture"].endswith("_small") else "import timm"
+        load = "import common, timm" if is_ours(config["architecture"]) else "import timm"
         without = ", num_classes=0" if config["num_classes"] else ""
         run.say(f"\nrelease: {release}\n\n  {load}")
         run.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
@@ -350,6 +350,11 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
                 run.say(f"{error}\nthe run is whole; try again with: python hub.py push {run.dir} {repo}")
     run.accelerator.wait_for_everyone()
     return release
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether timm knows this network only after `import common`."""
+    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
 
 
 def build_release(run_dir: str | Path) -> Path:
@@ -404,7 +409,7 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
         k: v for k, v in args.items() if k not in ("run_dir", "config", "teacher", "data", "push_to_hub", "init_from")
     }
     size, feature = cfg["input_size"][-1], config["num_features"]
-    own = "import common  # registers this architecture; clone cleandistill first\n" if config["architecture"].endswith("_small") else ""  # fmt: skip
+    own = "import common  # registers this architecture; clone cleandistill first\n" if is_ours(config["architecture"]) else ""  # fmt: skip
     without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
     rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
     return f"""---

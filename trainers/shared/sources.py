@@ -321,6 +321,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def count_classes(data: str, source: Source) -> int:
+    """How many classes there are to learn. Raises SystemExit where there are no labels, or one below 0."""
+    if source.labels is None:
+        raise SystemExit(f"--data {data}: no labels to learn from; class folders or --label-column give them")
+    if (low := int(source.labels.min())) < 0:
+        raise SystemExit(f"--data {data}: holds the label {low}; choose a labelled --split")
+    return max(len(source.classes), int(source.labels.max()) + 1)
+
+
 def labelled_pair(data: str, train: Source, queries: Source | None) -> tuple[Source, Source]:
     """The training (or gallery) split and the split to evaluate on, with labels in one numbering.
 
