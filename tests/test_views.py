@@ -335,7 +335,8 @@ def test_rotations_are_the_authors(kind, streamed):
         else:
             crop = views.crop_batch(x, params, 32, recipe)
         theirs = torch.from_numpy(g[f"{kind}_views"])[:, k]
-        torch.testing.assert_close((crop - mean) / std, theirs, atol=1e-5, rtol=0)
+        crop = crop if kind == "train_nocrop" else (crop - mean) / std  # that one was recorded before normalisation
+        torch.testing.assert_close(crop, theirs, atol=1e-5, rtol=0)
 
 
 def test_rotations_share_one_flip_and_nothing_else():
