@@ -41,6 +41,7 @@ from trainers.shared.sources import (
     decode_rgb,
     first_line,
     labelled_pair,
+    labelled_queries,
     open_source,
 )
 from trainers.shared.views import (
@@ -484,6 +485,17 @@ def cosine_schedule(
 def step_schedule(epoch: float, start: float, milestones: Sequence[int], factor: float) -> float:
     """start x factor for every milestone (in epochs) that has passed."""
     return start * factor ** sum(epoch >= milestone for milestone in milestones)
+
+
+def two_stages(args, first_epochs: float, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+    """(steps of a first stage of `first_epochs`, steps of both): its share of --total-steps, or before those of --epochs.
+
+    `total_steps` is --total-steps where that is given, else the second stage's; 0 stays 0, for `Run.start` to refuse.
+    """
+    if args.total_steps:
+        return round(total_steps * first_epochs / ((first_epochs + args.epochs) or 1)), total_steps
+    first = round(first_epochs * steps_per_epoch) if total_steps else 0
+    return first, first + total_steps
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -107,7 +107,11 @@ def load_teacher(spec: str | Path, *, num_classes: int = 0, flag: str = "--teach
     load or it does not fit; a file that would run code on loading is refused.
     """
     try:
-        return _load_teacher(str(spec), num_classes)
+        teacher = _load_teacher(str(spec), num_classes)
+        own = getattr(teacher.backbone, "num_classes", 0)
+        if num_classes and own != num_classes:
+            raise SystemExit(f"--teacher {spec}: has a classifier of {own} classes, the data has {num_classes}")
+        return teacher
     except SystemExit as error:
         raise SystemExit(str(error).replace("--teacher", flag)) from None
 
@@ -123,7 +127,8 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
         facts = {"source": spec, "url": official.url, "licence": official.licence}
         return _load_foreign(download(official.url, official.hash_prefix), facts)
     if spec.startswith("timm/") and spec.count("/") == 1:
-        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=num_classes)
+        # None: timm's own classifier; for another number of classes it would make a random one
+        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=None if num_classes else 0)
         facts = {"source": spec, "licence": backbone.pretrained_cfg.get("license") or "unknown"}
         return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
     hub_id = spec.removeprefix("hf-hub:")

@@ -18,16 +18,17 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import moco, seed, simsiam, smd, supervised
+from trainers import moco, seed, simsiam, smd, sskd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised}
+TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised, "sskd": sskd}
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
     "moco": "--backbone",
     "seed": "--student",
     "supervised": "--backbone",
+    "sskd": "--student",
 }
 
 
@@ -73,8 +74,16 @@ def teacher(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """A teacher with a classifier of as many classes as `photos` has."""
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    make_run(folder, make_backbone("test_resnet", num_classes=2))
+    return folder
+
+
 @pytest.fixture
-def train(tmp_path, photos, teacher):
+def train(tmp_path, photos, teacher, classifier):
     """Run a trainer in this process: two steps of the smallest network, unless the flags say otherwise."""
 
     def run(name: str, **flags) -> dict[str, float]:
@@ -84,6 +93,8 @@ def train(tmp_path, photos, teacher):
             usual |= {"teacher": teacher, "group_size": 0}
         if name == "seed":
             usual |= {"teacher": teacher}
+        if name == "sskd":
+            usual |= {"teacher": classifier}
         if name in ("moco", "seed"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         words = []

@@ -130,6 +130,7 @@ def main(args: Args) -> dict[str, float]:
     queries = common.open_source(args.data, "eval", **columns)
     # --- end shared block ---
     num_classes = common.count_classes(args.data, source)
+    queries = common.labelled_queries(args.data, source, queries)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
     data = common.Batches(
         source,
@@ -192,7 +193,7 @@ def main(args: Args) -> dict[str, float]:
         # --- end shared block ---
 
     results = {}
-    if queries is not None and queries.labels is not None:
+    if queries is not None:
         options = {"num_workers": args.num_workers}
         results["top1"] = common.top1_accuracy(backbone, queries, args.image_size, accelerator, **options)
         run.say(f"top-1 on {len(queries)} images of {queries.name}: {results['top1']:.2f} %")

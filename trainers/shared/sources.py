@@ -330,6 +330,13 @@ def count_classes(data: str, source: Source) -> int:
     return max(len(source.classes), int(source.labels.max()) + 1)
 
 
+def labelled_queries(data: str, train: Source, queries: Source | None) -> Source | None:
+    """The evaluation split with its labels in the training split's numbering; None where there are no labels to use."""
+    if queries is None or queries.labels is None or int(queries.labels.min()) < 0:
+        return None
+    return labelled_pair(data, train, queries)[1]
+
+
 def labelled_pair(data: str, train: Source, queries: Source | None) -> tuple[Source, Source]:
     """The training (or gallery) split and the split to evaluate on, with labels in one numbering.
 
