@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +30,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-# Chapters that would make this file too long to read: our own networks, where images come from, the random views.
-from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarNetwork
+# Chapters that would make this file too long to read: networks of our own, where images come from, the random views.
+from trainers.shared.adapters import GaussianRegressor, MapRegressor, Shape, UnitEmbedding, conv_stack, same_size
+from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarNetwork, CifarResNet, WideResNet
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.sources import (
     RESIDENT_PX,
+    OtherClasses,
     Source,
     available_cores,
     check_bad,
@@ -413,6 +416,15 @@ def forward_stages(model: nn.Module, x: Tensor, *, preact: bool = False) -> tupl
     return [*maps, pooled], model.get_classifier()(pooled)
 
 
+@torch.no_grad()
+def stage_shapes(model: nn.Module, size: int) -> list[Shape]:
+    """What shapes the features of `forward_stages` have for images of `size` px, without the batch."""
+    training = model.training
+    features, _ = forward_stages(model.eval(), model.input_mean.new_zeros(2, 3, size, size))
+    model.train(training)
+    return [tuple(f.shape[1:]) for f in features]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimisation
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,6 +499,13 @@ def step_schedule(epoch: float, start: float, milestones: Sequence[int], factor:
     return start * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
+def scheduled_lr(
+    schedule: str, at: float, epochs: float, peak: float, milestones: Sequence[int], factor: float
+) -> float:
+    """`peak` after `at` of `epochs`: a "cosine" to zero, or "step", x factor at every milestone."""
+    return cosine_schedule(at, epochs, peak) if schedule == "cosine" else step_schedule(at, peak, milestones, factor)
+
+
 def two_stages(args, first_epochs: float, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
     """(steps of a first stage of `first_epochs`, steps of both): its share of --total-steps, or before those of --epochs.
 
@@ -551,6 +570,40 @@ def top1_accuracy(model: nn.Module, source: Source, size: int, accelerator: Acce
     """Percent of a labelled source's images that a classifier names right. `options` go to `extract_features`."""
     logits = extract_features(model, source, eval_recipe(size), size, accelerator, **options)
     return 100 * (logits.argmax(1) == source.labels).double().mean().item()
+
+
+class EpochAccuracy:
+    """Top-1 on a labelled evaluation split every `every` steps: the last one and the best; belongs into a checkpoint."""
+
+    def __init__(self, queries: Source | None, size: int, accelerator: Accelerator, every: int, **options):
+        self.queries, self.every = queries, every
+        self.look = partial(top1_accuracy, source=queries, size=size, accelerator=accelerator, **options)
+        self.last = self.best = self.best_at = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"last": self.last, "best": self.best, "best_at": self.best_at}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        vars(self).update(state)
+
+    def after(self, step: int, model: nn.Module, final: bool) -> dict[str, float]:
+        """To be called when `step` steps are done: {"eval_top1": percent} where it is time to look, else {}."""
+        if self.queries is None or step < 1 or (step % self.every and not final):
+            return {}
+        self.last = self.look(model)
+        if self.last > self.best:
+            self.best, self.best_at = self.last, step
+        return {"eval_top1": self.last}
+
+    def results(self, teacher: nn.Module, steps_per_epoch: int, say: Callable[[str], None]) -> dict[str, float]:
+        """What a run reports at its end, and says; {} where there is nothing to evaluate on."""
+        if self.queries is None:
+            return {}
+        found = {"top1 teacher": self.look(teacher), "top1 last epoch": self.last, "top1 best epoch": self.best}
+        epoch = self.best_at / steps_per_epoch
+        say(f"top-1 on {len(self.queries)} images of {self.queries.name}: teacher {found['top1 teacher']:.2f} %, student "
+            f"{self.last:.2f} % after the last epoch, {self.best:.2f} % at its best, epoch {epoch:.4g}")  # fmt: skip
+        return found
 
 
 def knn_table(

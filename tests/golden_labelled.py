@@ -102,6 +102,8 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
         key = REP_NAMES.get(method, method)
         init, indices = len(arrays[f"{key}/init_loss"]), torch.from_numpy(arrays["index"])
         source.size = int(re.search(r"n_data (\d+)", record["how"])[1])
+        slow = method == "ft" and student_name.startswith(("resnet8", "resnet20", "resnet32", "resnet56", "wrn"))
+        known |= {"init_lr": 0.04 * at_64} if slow else {}
         known |= {"init_epochs": 2.0, "epochs": 3.0, "total_steps": init + len(arrays[f"{key}/loss"])}
     elif "head_lr" in trainer.Args.__dataclass_fields__:
         known |= {
@@ -137,10 +139,13 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
         (common, "create_backbone", network),
         (hub, "load_teacher", load_teacher),
     ]
-    for attribute in ("create_head", "create_helpers", "initial_memory", "negatives"):
+    for attribute, make in STAND_INS.items():
         if hasattr(trainer, attribute):
-            stand_in = STAND_INS[attribute](getattr(trainer, attribute), arrays)
-            replacements.append((trainer, attribute, stand_in))
+            replacements.append((trainer, attribute, make(getattr(trainer, attribute))))
+    if rep:
+        drawn = mock.Mock(draw=lambda *_: torch.from_numpy(arrays["contrast_idx"][:, 1:]))
+        replacements.append((common, "OtherClasses", lambda *_: drawn))
+        known["crd_negatives"] = arrays["contrast_idx"].shape[1] - 1
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         run_dir = Path(folder) / "run"
@@ -160,22 +165,60 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
     assert len(lines) == args.total_steps, f"{len(lines)} of {args.total_steps} steps were logged"
     keys = dict.fromkeys(key for line in lines for key in line)
     result: dict = {key: [line[key] for line in lines if key in line] for key in keys}
-    parts = {n: v for n, v in saved.items() if isinstance(v, dict) and "state" not in v}  # networks, not optimizers
-    result["norms"] = {
-        n: {official(k): v.double().norm().item() for k, v in part.items()} for n, part in parts.items()
-    }
-    result["tensors"] = {n: v for n, v in saved.items() if isinstance(v, torch.Tensor)}
+    result["norms"], result["memory"] = {}, saved.get("memory")
+    for part in saved.keys() & {"ssp_head", "student", "model", "first"}:
+        for key, tensor in saved[part].items():
+            where, name = official(part, key, rep)
+            result["norms"].setdefault(where, {})[name] = tensor.double().norm().item()
     return result
 
 
-def official(name: str) -> str:
-    """A checkpoint's name of a tensor -> the records': heads are proj_head, RepDistiller's helpers have no prefix."""
-    name = re.sub(r"^(head\.)?(?=\d\.(weight|bias)$)", "proj_head.", name)
-    return name.removeprefix("helpers.")
+# A checkpoint's part and name of a tensor -> the record's, first match wins.
+SSKD_NAMES = [(r"ssp_head/", "ssp/proj_head."), (r"student/head\.", "student/proj_head."), (r"", "")]
+REP_PARTS = [
+    (r"student/helpers\.translator\.", "translator/encoder."),
+    (r"student/helpers\.(\w+)\.", r"\1/"),
+    (r"student/backbone\.", "student/"),
+    (r"first/backbone\.", "copy/"),
+    (r"first/helper\.0\.(?=\d+\.\w+$)", "paraphraser/encoder."),
+    (r"first/helper\.1\.(?=\d+\.\w+$)", "paraphraser/decoder."),
+    (r"first/helper\.", "connector/connectors."),
+]
 
 
-def _initialised_head(create, _):
+def official(part: str, key: str, rep: bool) -> tuple[str, str]:
+    """Under which part and name a record keeps a tensor of a checkpoint."""
+    name = f"{part}/{key}"
+    pattern, new = next((p, n) for p, n in (REP_PARTS if rep else SSKD_NAMES) if re.match(p, name))
+    where, _, name = re.sub(f"^{pattern}", new, name).partition("/")
+    return where, name
+
+
+def _head(create):
     return lambda dim: initialise(create(dim), "proj_head.")
 
 
-STAND_INS = {"create_head": _initialised_head}
+def _helpers(create):
+    def stand_in(args, *shapes):
+        beside, before = create(args, *shapes)
+        for name, helper in beside.items():
+            initialise(helper, f"{name}.encoder." if name == "translator" else f"{name}.", rounded=False)
+        prefixes = ("paraphraser.encoder.", "paraphraser.decoder.")
+        for i, helper in enumerate(before or ()):
+            initialise(helper, f"connector.connectors.{i}." if args.method == "ab" else prefixes[i], rounded=False)
+        return beside, before
+
+    return stand_in
+
+
+def _memory(_):
+    names = iter(("memory_v1", "memory_v2"))
+
+    def stand_in(count: int, dim: int) -> torch.Tensor:
+        draw = np.random.RandomState(zlib.crc32(next(names).encode())).standard_normal((count, dim))
+        return torch.from_numpy(draw / np.linalg.norm(draw, axis=1, keepdims=True))
+
+    return stand_in
+
+
+STAND_INS = {"create_head": _head, "create_helpers": _helpers, "initial_memory": _memory}

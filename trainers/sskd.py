@@ -349,9 +349,8 @@ def main(args: Args) -> dict[str, float]:
     optimizer = common.create_optimizer(args.optimizer, student.parameters(), peak_lr, **hyper)
     trained_head, head_optimizer = accelerator.prepare(ssp_head.to(device), head_optimizer)
     student, optimizer = accelerator.prepare(common.to_device(student, device), optimizer)
-    accuracy = torch.zeros(3, dtype=torch.float64)  # on the evaluation split: the best, its epoch, the last
-    options = {"num_workers": args.num_workers}
-    look_every = args.eval_every * data.steps_per_epoch
+    every, options = args.eval_every * data.steps_per_epoch, {"num_workers": args.num_workers}
+    accuracy = common.EpochAccuracy(queries, args.image_size, accelerator, every, **options)
 
     state = {"ssp_head": trained_head, "head_optimizer": head_optimizer}
     state |= {"student": student, "optimizer": optimizer, "accuracy": accuracy}
@@ -378,7 +377,9 @@ def main(args: Args) -> dict[str, float]:
         x = torch.stack(batch.views, 1).flatten(0, 1)  # (4B, 3, S, S), interleaved
 
         with torch.no_grad(), accelerator.autocast():
-            (*_, t_features), t_logits = stages(teacher.backbone, x)
+            maps, t_logits = stages(teacher.backbone, x)
+            t_features = maps[-1]
+        del maps  # not needed while the student works
         # every process computes the whole loss: it compares an image with the others of the global batch
         if step < head_steps:
             trains = head_optimizer
@@ -387,9 +388,7 @@ def main(args: Args) -> dict[str, float]:
             loss, terms = ssp_loss(rep), {}
         else:
             trains, at = optimizer, moves(step - head_steps)
-            lr = common.step_schedule(at, peak_lr, args.milestones, args.lr_decay)
-            if args.schedule == "cosine":
-                lr = common.cosine_schedule(at, epochs, peak_lr)
+            lr = common.scheduled_lr(args.schedule, at, epochs, peak_lr, args.milestones, args.lr_decay)
             with torch.no_grad(), accelerator.autocast():
                 t_logits, t_rep = (common.gather(y) for y in (t_logits, ssp_head(t_features)))
             logits, rep = (common.gather(y) for y in student(x))
@@ -405,20 +404,15 @@ def main(args: Args) -> dict[str, float]:
         if step + 1 == head_steps:
             save_head(run, ssp_head, teacher_print)
 
-        due, done = run.log_due(step), step + 1 - head_steps
-        if queries is not None and done > 0 and (done % look_every == 0 or step + 1 == total_steps):
-            accuracy[2] = common.top1_accuracy(backbone, queries, args.image_size, accelerator, **options)
-            if accuracy[2] > accuracy[0]:
-                accuracy[:2] = torch.tensor([accuracy[2], done / data.steps_per_epoch])
-            terms, due = {**terms, "eval_top1": accuracy[2].item()}, True
-        if due:
+        seen = accuracy.after(step + 1 - head_steps, backbone, final=step + 1 == total_steps)
+        if run.log_due(step) or seen:
             # ssp_top1: turned images whose own image is nearest, 1/B by chance; z_std: 1 = spread out, 0 = collapsed
             similar, own = similarity(rep.detach())
             health = {
                 "ssp_top1": 100 * (similar.argmax(1) == own).float().mean(),
                 "z_std": common.z_std(rep.cpu()).item(),
             }
-            run.log(step, loss=loss, **terms, **health, lr=lr)
+            run.log(step, loss=loss, **terms, **health, **seen, lr=lr)
 
         # --- shared block: checkpoint ---
         stopping = run.stop_requested()
@@ -428,13 +422,7 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
-    results = {}
-    if queries is not None:
-        best, epoch, last = accuracy.tolist()
-        results["top1 teacher"] = common.top1_accuracy(teacher, queries, args.image_size, accelerator, **options)
-        results |= {"top1 last epoch": last, "top1 best epoch": best, "best epoch": epoch}
-        run.say(f"top-1 on {len(queries)} images of {queries.name}: teacher {results['top1 teacher']:.2f} %, student "
-                f"{last:.2f} % after the last epoch, {best:.2f} % after epoch {epoch:.0f}, its best")  # fmt: skip
+    results = accuracy.results(teacher, data.steps_per_epoch, run.say)
     hub.finish(run, source, results)
     return results
 
