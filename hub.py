@@ -63,7 +63,11 @@ def load_teacher(spec: str | Path, *, num_classes: int = 0, flag: str = "--teach
     load or it does not fit; a file that would run code on loading is refused.
     """
     try:
-        return _load_teacher(str(spec), num_classes)
+        teacher = _load_teacher(str(spec), num_classes)
+        own = getattr(teacher.backbone, "num_classes", 0)
+        if num_classes and own != num_classes:
+            raise SystemExit(f"--teacher {spec}: has a classifier of {own} classes, the data has {num_classes}")
+        return teacher
     except SystemExit as error:
         raise SystemExit(str(error).replace("--teacher", flag)) from None
 
@@ -73,13 +77,14 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
     if path.is_dir():
         return _load_folder(path, num_classes, {"source": path.name})
     if path.is_file():
-        return _load_foreign(path, {"source": path.name, "licence": "unknown"})
+        return _load_foreign(path, num_classes, {"source": path.name, "licence": "unknown"})
     if spec in TEACHERS:
         official = TEACHERS[spec]
         facts = {"source": spec, "url": official.url, "licence": official.licence}
-        return _load_foreign(download(official.url, official.md5), facts)
+        return _load_foreign(download(official.url, official.md5), num_classes, facts)
     if spec.startswith("timm/") and spec.count("/") == 1:
-        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=num_classes)
+        # None: timm's own classifier; for another number of classes it would make a random one
+        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=None if num_classes else 0)
         facts = {"source": spec, "licence": backbone.pretrained_cfg.get("license") or "unknown"}
         return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
     hub_id = spec.removeprefix("hf-hub:")
@@ -149,15 +154,23 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise SystemExit(f"--teacher {file}: not a whole file ({error}); fetch it again") from None
 
 
-def _load_foreign(path: Path, facts: dict) -> Teacher:
+def _load_foreign(path: Path, num_classes: int, facts: dict) -> Teacher:
     """An authors' file, recognised by its keys."""
     found = open_foreign(path)
     if not timm.is_model(found.architecture):
         raise SystemExit(f"{path}: its architecture {found.architecture or '(none named)'} is none that timm knows")
-    backbone = common.create_backbone(found.architecture, mean=common.IMAGENET_MEAN, std=found.layout.std)
+    facts = {**facts, "architecture": found.architecture, "format": found.layout.name}
+    pixels = {"mean": found.layout.mean, "std": found.layout.std}
+    if num_classes:
+        last = [v for k, v in found.head.items() if k.endswith("weight") and v.dim() == 2]
+        if len(last) != 1:
+            raise SystemExit(f"--teacher {path}: holds no classifier, one Linear; a labelled teacher is needed here")
+        backbone = common.create_backbone(found.architecture, num_classes=len(last[0]), **pixels)
+        load_strictly(backbone, {**found.backbone, **found.head}, str(path), found.strays)
+        return Teacher(backbone, facts)
+    backbone = common.create_backbone(found.architecture, **pixels)
     load_strictly(backbone, found.backbone, str(path), found.strays)
-    head = _build_head(found.head, found.head_name, backbone.num_features, str(path))
-    return Teacher(backbone, {**facts, "architecture": found.architecture, "format": found.layout.name}, head)
+    return Teacher(backbone, facts, _build_head(found.head, found.head_name, backbone.num_features, str(path)))
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays: list[str] | None = None) -> None:
@@ -236,7 +249,7 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     if run.accelerator.is_main_process:
         build_release(run.dir)
         config = _read_json(release / "config.json")
-        load = "import common, timm" if _is_ours(config["architecture"]) else "import timm"
+        load = "import common, timm" if is_ours(config["architecture"]) else "import timm"
         without = ", num_classes=0" if config["num_classes"] else ""
         run.say(f"\nrelease: {release}\n\n  {load}")
         run.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
@@ -248,6 +261,11 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
                 run.say(f"{error}\nthe run is whole; try again with: python hub.py push {run.dir} {repo}")
     run.accelerator.wait_for_everyone()
     return release
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether timm knows this network only after `import common`."""
+    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
 
 
 def build_release(run_dir: str | Path) -> Path:
@@ -284,11 +302,6 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _is_ours(architecture: str) -> bool:
-    """Whether timm knows this architecture only once common is imported."""
-    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
-
-
 def _licence(run_dir: Path) -> str:
     """What the weights may be used for: our code's licence unless the teacher's weights ask for more."""
     teacher = _read_json(run_dir / "teacher.json").get("licence", "apache-2.0")
@@ -309,7 +322,7 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
         k: v for k, v in args.items() if k not in ("run_dir", "config", "teacher", "data", "push_to_hub", "init_from")
     }
     size, feature = cfg["input_size"][-1], config["num_features"]
-    own = "import common  # registers this architecture; clone cleandistill first\n" if _is_ours(config["architecture"]) else ""  # fmt: skip
+    own = "import common  # registers this architecture; clone cleandistill first\n" if is_ours(config["architecture"]) else ""  # fmt: skip
     without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
     rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
     return f"""---

@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from golden_labelled import replay_labelled
 from torch import nn
 
 import common
@@ -99,6 +100,8 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     """
     trainer = importlib.import_module(f"trainers.{trainer}") if isinstance(trainer, str) else trainer
     npz_path = Path(npz_path)
+    if npz_path.name.startswith(("sskd_", "rep_")):
+        return replay_labelled(trainer, npz_path, **flags)
     record, arrays = json.loads(npz_path.with_suffix(".json").read_text()), np.load(npz_path)
     steps, batch = record["steps"], record["batch"]
     if "images" in arrays:

@@ -15,7 +15,8 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "disco", "rkd", "swav_disco", "simsiam", "moco", "swav", "supervised"]
+TRAINERS = ["smd", "seed", "disco", "rkd", "swav_disco", "sskd", "simsiam", "moco", "swav", "supervised"]
+LABELLED = ["supervised", "sskd"]  # learn from labels: report accuracy and not kNN
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
@@ -59,14 +60,14 @@ def launch(words: list[str], **env) -> subprocess.CompletedProcess:
 
 
 def photographs(folder: Path, count: int = 64, sides: tuple[int, int] = (100, 140)) -> Path:
-    """A folder of smooth random JPEGs in two classes, train/ and val/, too large to stay in memory."""
+    """A folder of smooth random JPEGs in ten classes, as many as digits, train/ and val/, too large to stay in memory."""
     g = torch.Generator().manual_seed(0)
     for i in range(count):
         height, width = torch.randint(sides[0], sides[1] + 1, (2,), generator=g).tolist()
         image = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6, generator=g), (height, width), mode="bicubic")[
             0
         ]
-        path = folder / ("val" if i % 8 == 0 else "train") / f"class{i % 2}" / f"{i:03}.jpg"
+        path = folder / ("val" if i % 8 == 0 else "train") / f"class{i % 10}" / f"{i:03}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jpeg(image.clamp(0, 1).mul(255).to(torch.uint8), str(path), quality=90)
     return folder

@@ -75,8 +75,16 @@ def teacher(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """A teacher with a classifier of as many classes as `photos` has."""
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    make_run(folder, make_backbone("test_resnet", num_classes=2))
+    return folder
+
+
 @pytest.fixture
-def train(tmp_path, photos, teacher):
+def train(tmp_path, photos, teacher, classifier):
     """Run a trainer in this process: two steps of the smallest network, unless the flags say otherwise."""
 
     def run(name: str, **flags) -> dict[str, float]:
@@ -86,6 +94,8 @@ def train(tmp_path, photos, teacher):
             usual |= {"group_size": 0}
         if "teacher" in fields(name):
             usual |= {"teacher": teacher}
+        if name in runs.LABELLED and "teacher" in fields(name):
+            usual |= {"teacher": classifier}
         if name in ("moco", "seed", "disco", "rkd"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         if name in ("swav", "swav_disco"):

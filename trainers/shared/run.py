@@ -144,7 +144,9 @@ class Run:
                 )
                 self.say(f"data: {data.source.name}, {len(data.source)} images, {how}")
                 side = max(size for _, size in data.views)
-                if side <= 64 and getattr(self.args, "small_images", True) is False and self.args.data != "digits":
+                network = getattr(self.args, "student", getattr(self.args, "backbone", ""))
+                stem = getattr(self.args, "small_images", True) is False and timm.is_model(f"{network}_small")
+                if side <= 64 and stem and self.args.data != "digits":
                     self.say(f"images of {side} px: ResNets learn better with --small-images (3x3 stem, no max-pool)")
             processes, threads = self.accelerator.num_processes, torch.get_num_threads()
             self.say(f"{total_steps - first_step} steps from {first_step} on {processes} x {self.accelerator.device}"

@@ -426,6 +426,48 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def count_classes(data: str, source: Source) -> int:
+    """How many classes there are to learn. Raises SystemExit where there are no labels, or one below 0."""
+    if source.labels is None:
+        raise SystemExit(f"--data {data}: no labels to learn from; class folders or --label-column give them")
+    if (low := int(source.labels.min())) < 0:
+        raise SystemExit(f"--data {data}: holds the label {low}; choose a labelled --split")
+    return max(len(source.classes), int(source.labels.max()) + 1)
+
+
+class OtherClasses:
+    """Draws K images of other classes for every image of a batch, on one device.
+
+    One from each of K equal slices of the N - N_class images, sorted by class and turned round by a random amount: every
+    image is as likely, none comes twice (up to K = N - N_class), and the cost does not grow with N. labels: (N,).
+    """
+
+    def __init__(self, data: str, labels: Tensor, device: torch.device):
+        self.order = labels.argsort(stable=True).to(device)
+        counts = labels.bincount()
+        if (counts > 0).sum() < 2:
+            raise SystemExit(f"--data {data}: all images are of one class, none is a negative of another")
+        self.counts, self.starts = counts.to(device), (counts.cumsum(0) - counts).to(device)
+
+    def draw(self, labels: Tensor, k: int, g: torch.Generator) -> Tensor:
+        """(B,) labels -> (B, k) indices; `g` lives on the device."""
+        own, count = self.starts[labels][:, None], self.counts[labels][:, None]
+        others, slices = len(self.order) - count, torch.arange(k + 1, device=labels.device)
+        edges = slices * others // k
+        width = (edges[:, 1:] - edges[:, :-1]).clamp(min=1)
+        u = torch.rand(len(labels), k + 1, generator=g, device=labels.device, dtype=torch.float32)
+        place = edges[:, :-1] + (u[:, 1:] * width).long() + (u[:, :1] * others).long()
+        place = place % others
+        return self.order[torch.where(place < own, place, place + count)]
+
+
+def labelled_queries(data: str, train: Source, queries: Source | None) -> Source | None:
+    """The evaluation split with its labels in the training split's numbering; None where there are no labels to use."""
+    if queries is None or queries.labels is None or int(queries.labels.min()) < 0:
+        return None
+    return labelled_pair(data, train, queries)[1]
+
+
 def labelled_pair(data: str, train: Source, queries: Source | None) -> tuple[Source, Source]:
     """The training (or gallery) split and the split to evaluate on, with labels in one numbering.
 

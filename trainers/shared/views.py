@@ -37,6 +37,7 @@ class Recipe:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; PIL's GaussianBlur radius is the standard deviation
     permute: float = 0.0  # probability of shuffling the three channels
+    turns: int | None = None  # quarter turns counter-clockwise, after a flip that all views share and before the crop
 
 
 # facebookresearch/moco main_moco.py @ 64444f4, without --aug-plus: the grey comes before the jitter.
@@ -57,6 +58,15 @@ RECIPES = {
     "moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "multi_crop": SWAV_MULTICROP,
     "linear": LINEAR, "cifar": CIFAR, "eval": EVAL, "digits": DIGITS,
 }  # fmt: skip
+
+
+def rotations(recipe: Recipe) -> tuple[Recipe, ...]:
+    """Four views of an image for tasks on rotations: k x 90 degrees, one flip before, a crop (and colours) of its own."""
+    return tuple(replace(recipe, turns=k) for k in range(4))
+
+
+# xuguodong03/SSKD cifar.py and student.py @ 661b972: flip, np.rot90, then RandomCrop(32, padding=4) for each of the four.
+SSKD_ROTATIONS = rotations(CIFAR)
 
 
 def ssl_small(jitter: float, grey: float, blur: float) -> Recipe:
@@ -129,6 +139,9 @@ def sample_params(
     # Every recipe reads the same columns, so that changing one part of a recipe leaves the rest of a view as it was.
     u = uniforms(seed, epoch, indices, view, 34).numpy()
     heights, widths = heights.numpy().astype(np.float64), widths.numpy().astype(np.float64)
+    if recipe.turns is not None:
+        u[:, 22] = uniforms(seed, epoch, indices, 0, 23).numpy()[:, 22]  # the first view's flip
+        heights, widths = (widths, heights) if recipe.turns % 2 else (heights, widths)
     if recipe.crop == "resized":
         box = _resized_boxes(recipe, u, heights, widths)
     elif recipe.crop == "padded":
@@ -180,17 +193,26 @@ def _pieces(count: int, pixels: int, device: torch.device) -> list[slice]:
     return [slice(at, at + length) for at in range(0, count, length)]
 
 
+def _turn(images: Tensor, flip: Tensor, turns: int) -> Tensor:
+    """Flip those of (B, 3, H, W) images that `flip` names, then turn all of them by `turns` x 90 degrees."""
+    flip = flip.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(flip, images.flip(3), images).rot90(turns, (2, 3))
+
+
 def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Tensor:
     """Resident path: crop, antialiased resize and flip as two matrix products; float images keep dtype and range.
 
     images: (B, 3, H, W) uint8, any device -> (B, 3, size, size) float32 in [0, 1].
     """
+    flip = params.flip
+    if recipe.turns is not None:
+        images, flip = _turn(images, flip, recipe.turns), torch.zeros_like(flip)
     count, _, height, width = images.shape
     gain, dtype = (1.0, images.dtype) if images.is_floating_point() else (255.0, torch.float32)
     if recipe.crop == "centre" and recipe.crop_pct == 1 and height == width == size and not recipe.flip:
         return images / gain
     top, left, h, w = params.box.unbind(1)
-    left, w = torch.where(params.flip, left + w, left), torch.where(params.flip, -w, w)
+    left, w = torch.where(flip, left + w, left), torch.where(flip, -w, w)
     out = images.new_empty(count, 3, size, size, dtype=dtype)
     for at in _pieces(count, max(height * width, size * size), images.device):
         y = images[at].to(dtype)
@@ -204,7 +226,9 @@ def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Ten
 
 def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe) -> Tensor:
     """Streamed path, in a worker: the same boxes, torch's uint8 kernels. (3, H, W) -> (3, size, size) uint8."""
-    mode = InterpolationMode(recipe.interpolation)
+    mode, flip = InterpolationMode(recipe.interpolation), bool(params.flip[row])
+    if recipe.turns is not None:
+        image, flip = _turn(image[None], params.flip[row : row + 1], recipe.turns)[0], False
     if recipe.crop == "centre":
         out = tvf.center_crop(tvf.resize(image, [int(size / recipe.crop_pct)], mode, antialias=True), [size, size])
     else:
@@ -212,7 +236,7 @@ def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe)
         out = tvf.crop(image, top, left, height, width)  # zeros outside, which only "padded" reaches
         out = out[None].contiguous(memory_format=torch.channels_last)[0]  # the layout that torch's uint8 kernel likes
         out = tvf.resize(out, [size, size], mode, antialias=True)
-    return (out.flip(2) if params.flip[row] else out).contiguous()
+    return (out.flip(2) if flip else out).contiguous()
 
 
 def _luma(x: Tensor) -> Tensor:
