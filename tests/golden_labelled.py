@@ -95,6 +95,7 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
     indices, classes = torch.arange(batch), 100
     views = [x] if rep else list(x.unbind(1))
     source = common.Source("recorded", batch, labels=labels, classes=[str(i) for i in range(classes)])
+    source.fingerprint = lambda: "recorded"
     record = {}
     if rep:
         record = json.loads((npz_path.parent / "rep_steps.json").read_text())
