@@ -18,10 +18,11 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import moco, seed, simsiam, smd, sskd, supervised
+from trainers import kd, moco, seed, simsiam, smd, sskd, supervised
 from trainers.shared import sources
 
-TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised, "sskd": sskd}
+TRAINERS = {"smd": smd, "simsiam": simsiam, "moco": moco, "seed": seed, "supervised": supervised}
+TRAINERS |= {"sskd": sskd, "kd": kd}
 NETWORK = {
     "smd": "--student",
     "simsiam": "--backbone",
@@ -29,6 +30,7 @@ NETWORK = {
     "seed": "--student",
     "supervised": "--backbone",
     "sskd": "--student",
+    "kd": "--student",
 }
 
 
@@ -93,7 +95,7 @@ def train(tmp_path, photos, teacher, classifier):
             usual |= {"teacher": teacher, "group_size": 0}
         if name == "seed":
             usual |= {"teacher": teacher}
-        if name == "sskd":
+        if name in ("sskd", "kd"):
             usual |= {"teacher": classifier}
         if name in ("moco", "seed"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
