@@ -102,10 +102,13 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
 def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) -> bool:
     """--init-from: copy the weights of the checkpoint `spec` (as for --teacher) into a backbone, strictly.
 
-    A `head` gets the file's projection head if it holds one of the same keys and shapes; True says that it did.
+    A classifier of the backbone stays as it is: its classes are the new data's. A `head` gets the file's projection head
+    if it holds one of the same keys and shapes; True says that it did.
     """
     found = load_teacher(spec, flag="--init-from")
-    load_strictly(backbone, found.backbone.state_dict(), f"--init-from {spec}")
+    own = backbone.state_dict()
+    fresh = {k: own[k] for k in _classifier_keys(backbone.pretrained_cfg, own)}
+    load_strictly(backbone, {**fresh, **found.backbone.state_dict()}, f"--init-from {spec}")
     if head is None or found.head is None:
         return False
     mine, theirs = ({k: v.shape for k, v in h.state_dict().items()} for h in (head, found.head))
@@ -113,6 +116,13 @@ def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) 
         return False
     head.load_state_dict(found.head.state_dict())
     return True
+
+
+def _classifier_keys(cfg: dict, state: dict) -> set[str]:
+    """The keys of a classifier, under the names that a timm config gives it."""
+    names = cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return {k for k in state if k.startswith(tuple(f"{name}." for name in names))}
 
 
 def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
@@ -135,9 +145,8 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     )
     state = _read_tensors(folder / "model.safetensors")
     if not num_classes and own:  # a classifier that is not wanted, under the name that timm gives it
-        names = cfg.get("classifier") or ()
-        names = (names,) if isinstance(names, str) else tuple(names)
-        state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{name}." for name in names))}
+        unwanted = _classifier_keys(cfg, state)
+        state = {k: v for k, v in state.items() if k not in unwanted}
     load_strictly(backbone, state, str(folder))
     card = folder / "README.md"
     licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip

@@ -15,14 +15,14 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "disco", "rkd", "swav_disco", "sskd", "simsiam", "moco", "swav", "supervised"]
-LABELLED = ["supervised", "sskd"]  # learn from labels: report accuracy and not kNN
+TRAINERS = ["smd", "seed", "disco", "rkd", "swav_disco", "sskd", "kd", "simsiam", "moco", "swav", "supervised"]
+LABELLED = ["supervised", "sskd", "kd"]  # learn from labels: report accuracy and not kNN
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 
 
-def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str]:
+def tiny_flags(method: str, run_dir: Path, teacher: Path, /, **changes) -> list[str]:
     """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
     if "teacher" in importlib.import_module(f"trainers.{method}").Args.__dataclass_fields__:
@@ -33,7 +33,7 @@ def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str
     return words
 
 
-def tiny_run(method: str, run_dir: Path, teacher: Path, **changes) -> list[dict]:
+def tiny_run(method: str, run_dir: Path, teacher: Path, /, **changes) -> list[dict]:
     """Train in this process; returns the lines of metrics.jsonl without the speed."""
     trainer = importlib.import_module(f"trainers.{method}")
     args = common.parse_args(trainer.Args, tiny_flags(method, run_dir, teacher))

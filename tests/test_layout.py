@@ -139,6 +139,8 @@ def test_flags_of_the_same_name_have_the_same_doc():
         "temperature",
         "head",
         "base_lr",
+        "ce_weight",
+        "kd_weight",
     }
     shared = {name: copies for name, copies in docs.items() if len(copies) > 1 and name not in own}
     assert len(shared) >= 20

@@ -50,6 +50,12 @@ SABOTAGE = [
     ("swav", "- each.diagonal().sum()", "- 0"),  # a crop predicts its own code
     ("swav_disco", "args.mse_weight * mse", "mse"),
     ("swav_disco", "F.mse_loss(z, t)", "F.mse_loss(z, F.normalize(t, dim=2))"),
+    ("sskd", "rank > 0", "rank > 1"),  # the nearly right counted as right
+    ("sskd", "(turned, t_turned, lt_temperature) * lt_kept", "(turned, t_turned, lt_temperature) * ~lt_kept"),
+    ("sskd", "x[:, 0], x[:, 1:]", "x[:, 1], x[:, 1:]"),  # turned images for upright ones
+    ("sskd", "t_rep = (common.gather(y) for y in (t_logits, ssp_head(t_features)))", "t_rep = t_logits, t_features"),
+    ("kd", "t[-2] = helper[0](t[-2])", "t[-2] = helper[1](helper[0](t[-2]))"),
+    ("kd", "init_lr = (args.init_lr or", "init_lr = (2 * args.init_lr or"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
@@ -82,10 +88,14 @@ def test_golden_trajectory_notices(method, old, new, tmp_path):
         "seed": ("seed_small_patch", {"base_lr": 0.03}),
         "disco": ("disco", {"consistency_weight": 16}),
         "rkd": ("disco_rkd", {}),
+        "sskd": ("sskd_calib_wrn402_wrn162_f64", {}),
+        "kd": ("rep_resnet32x4_resnet8x4_f64", {"method": "ft"}),
     }[method]
     path = GOLDEN / "steps" / f"{name}.npz"
-    ours = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"]
-    assert not np.allclose(ours, np.load(path)["f64/losses/loss"], rtol=1e-6)
+    ours, record = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"], np.load(path)
+    parts = {"sskd": ("ssp/loss", "student/loss"), "kd": ("factor/init_loss", "factor/loss")}
+    theirs = np.concatenate([record[key] for key in parts.get(method, ("f64/losses/loss",))])
+    assert len(ours) == len(theirs) and not np.allclose(ours, theirs, rtol=1e-6)
 
 
 def test_simsiam_without_stop_gradient_is_stopped_as_collapsed(tmp_path, tiny_teacher):
@@ -203,6 +213,9 @@ def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
 TO_LEARN = {
     "moco": {"hide_and_seek": False, "augmentation": "digits", "encoder_momentum": 0.9},
     "rkd": {"distance_weight": 100.0, "angle_weight": 100.0},
+    # one stage, one loss: the two stages' losses have nothing to do with each other
+    "sskd": {"head_epochs": 0},
+    "kd": {"method": "kd"},
 }
 
 
