@@ -15,7 +15,7 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "disco", "rkd", "simsiam", "moco", "supervised"]
+TRAINERS = ["smd", "seed", "disco", "rkd", "simsiam", "moco", "supervised", "eval_finetune"]
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
@@ -26,6 +26,8 @@ def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
     if method in ("smd", "seed", "disco", "rkd"):
         flags["teacher"] = teacher
+    if method == "eval_finetune":
+        flags["checkpoint"] = teacher
     words = []
     for key, value in flags.items():
         words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
