@@ -126,14 +126,19 @@ class Args:
     """torch.compile the networks; pays on GPUs for runs longer than a few minutes"""
 
 
-def new_classifier(backbone: nn.Module, num_classes: int) -> nn.Linear:
-    """Give a timm backbone, (B, 3, H, W) -> (B, num_classes) from now on, a classifier; returns it, as torch starts it."""
-    backbone.reset_classifier(num_classes)
+def with_classifier(start: hub.Teacher, num_classes: int) -> tuple[nn.Module, nn.Linear]:
+    """The checkpoint's network, (B, 3, H, W) -> (B, num_classes) logits, and its new classifier, as torch starts one."""
+    architecture = start.facts["architecture"]
+    statistics = {k: getattr(start.backbone, f"input_{k}").flatten().tolist() for k in ("mean", "std")}
+    backbone = common.create_backbone(architecture, num_classes=num_classes, **statistics)
     head = backbone.get_classifier()
-    if not isinstance(head, nn.Linear):
-        raise SystemExit(f"--checkpoint: this architecture ends in {type(head).__name__}, not in one Linear layer")
+    missing, unexpected = backbone.load_state_dict(start.backbone.state_dict(), strict=False)
+    if not isinstance(head, nn.Linear) or unexpected or len(missing) != len(head.state_dict()):
+        raise SystemExit(
+            f"--checkpoint: {architecture} does not end in one linear classifier; eval_linear.py probes it"
+        )
     head.reset_parameters()
-    return head
+    return backbone, head
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -191,8 +196,7 @@ def main(args: Args) -> dict[str, float]:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
     start = hub.load_teacher(args.checkpoint, flag="--checkpoint")
     run.record_teacher(start, "checkpoint")
-    backbone = start.backbone.requires_grad_(True).train()
-    head = new_classifier(backbone, num_classes)
+    backbone, head = with_classifier(start, num_classes)
     model = common.set_batch_norm_groups(backbone, args.bn_group_size, args.batch_size)
     if args.compile:
         backbone.compile()
