@@ -328,8 +328,11 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
     data = args.get("data", "unknown")
     data = Path(data).name if Path(data).is_absolute() else data  # a card names no path of the training machine
     flags = {
-        k: v for k, v in args.items() if k not in ("run_dir", "config", "teacher", "data", "push_to_hub", "init_from")
+        k: v
+        for k, v in args.items()
+        if k not in ("run_dir", "config", "teacher", "checkpoint", "data", "push_to_hub", "init_from")
     }
+    role = teacher.get("role", "teacher")  # or the checkpoint that a fine-tuned network started from
     size, feature = cfg["input_size"][-1], config["num_features"]
     own = "import common  # registers this architecture; clone cleandistill first\n" if is_ours(config["architecture"]) else ""  # fmt: skip
     without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
@@ -352,7 +355,7 @@ features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {c
 | | |
 |---|---|
 | architecture | {config["architecture"]}{f", {config['num_classes']} classes" if config["num_classes"] else ""} |
-| teacher | {teacher.get("source", "none")} {f"({teacher['architecture']})" if teacher else ""} |
+| {role} | {teacher.get("source", "none")} {f"({teacher['architecture']})" if teacher else ""} |
 | data | {data} |
 {rows}
 ## Licence chain
@@ -360,7 +363,7 @@ features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {c
 | part | licence |
 |---|---|
 | code | apache-2.0 |
-| teacher | {teacher.get("licence", "none used")} |
+| {role} | {teacher.get("licence", "none used")} |
 | data | {"CC BY 4.0 (UCI optical digits)" if data == "digits" else "as its owners say"} |
 | **these weights** | **{licence}** |
 

@@ -15,8 +15,21 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "disco", "rkd", "swav_disco", "sskd", "kd", "simsiam", "moco", "swav", "supervised"]
-LABELLED = ["supervised", "sskd", "kd"]  # learn from labels: report accuracy and not kNN
+TRAINERS = [
+    "smd",
+    "seed",
+    "disco",
+    "rkd",
+    "swav_disco",
+    "sskd",
+    "kd",
+    "simsiam",
+    "moco",
+    "swav",
+    "supervised",
+    "eval_finetune",
+]
+LABELLED = ["supervised", "sskd", "kd", "eval_finetune"]  # learn from labels: report accuracy and not kNN
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
@@ -27,6 +40,8 @@ def tiny_flags(method: str, run_dir: Path, teacher: Path, /, **changes) -> list[
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
     if "teacher" in importlib.import_module(f"trainers.{method}").Args.__dataclass_fields__:
         flags["teacher"] = teacher
+    if method == "eval_finetune":
+        flags["checkpoint"] = teacher
     words = []
     for key, value in flags.items():
         words += [f"--{key}"] if value is True else [f"--{key}", str(value)]

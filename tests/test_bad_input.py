@@ -23,7 +23,7 @@ import hub
 from trainers import smd
 from trainers.shared import sources
 
-TRAINERS = {name: importlib.import_module(f"trainers.{name}") for name in runs.TRAINERS}
+TRAINERS = {name: importlib.import_module(f"trainers.{name}") for name in runs.TRAINERS if name != "eval_finetune"}
 
 
 def fields(name: str) -> set[str]:

@@ -220,11 +220,30 @@ def test_padded_crops_are_exact():
         assert torch.equal(y, (expected.flip(2) if params.flip[i] else expected).float() / 255)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 61), (61, 40), (30, 37), (40, 42), (42, 40)])
-def test_centre_crops_are_torchvisions(height, width):
-    x, params = images(4, height, width), draw(views.EVAL, 4, height, width, 32)
-    expected = tvf.center_crop(tvf.resize(x.float() / 255, [36], antialias=True), [32, 32])
-    torch.testing.assert_close(views.crop_batch(x, params, 32, views.EVAL), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_pct, short", [(0.875, 36), (1.0, 32)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 61), (61, 40), (30, 37), (40, 42), (42, 40), (9, 12)])
+def test_centre_crops_are_torchvisions(height, width, crop_pct, short, kind):
+    recipe = replace(views.EVAL, crop_pct=crop_pct, interpolation=kind)
+    x, params = images(4, height, width), draw(recipe, 4, height, width, 32)
+    resized = tvf.resize(x.float() / 255, [short], InterpolationMode(kind), antialias=True)
+    expected = tvf.center_crop(resized, [32, 32]).clamp(0, 1)
+    torch.testing.assert_close(views.crop_batch(x, params, 32, recipe), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", [32, 90])
+def test_bicubic_views_are_what_pillow_makes_of_the_same_image(side):
+    """The authors' transforms ran on Pillow images: rounded to bytes after each of two passes, here not at all."""
+    recipe = replace(views.EVAL, crop_pct=1.0, interpolation="bicubic")
+    x = images(4, side, side) // 2 + 64  # keeps the overshoot inside: bytes clip it between the passes too
+    theirs = tv.Compose([tv.ToPILImage(), tv.Resize(64, InterpolationMode.BICUBIC), tv.CenterCrop(64), tv.ToTensor()])
+    expected = torch.stack([theirs(image) for image in x])
+    resident = views.crop_batch(x, draw(recipe, 4, side, side, 64), 64, recipe)
+    streamed = [views.crop_one(image, draw(recipe, 4, side, side, 64), i, 64, recipe) for i, image in enumerate(x)]
+    for ours in (resident, torch.stack(streamed).float() / 255):
+        assert (ours - expected).abs().max() < 1.5 / 255
+    bilinear = replace(recipe, interpolation="bilinear")
+    assert (views.crop_batch(x, draw(bilinear, 4, side, side, 64), 64, bilinear) - expected).abs().max() > 6 / 255
 
 
 def test_whole_centre_is_the_image():

@@ -228,7 +228,8 @@ class Run:
                 beside.mkdir()
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
                 if backbone is not None:
-                    save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
+                    view = {k: v for k, v in vars(self.args).items() if k in ("interpolation", "crop_pct")}
+                    save_backbone(beside, backbone, getattr(self.args, "image_size", 224), **view)
                     save_head(beside, self._head(state, backbone))
                 for file in beside.iterdir():
                     with open(file, "rb") as f:
@@ -311,12 +312,12 @@ class Run:
             self._bar.close()
         sys.exit(143)
 
-    def record_teacher(self, teacher: nn.Module) -> None:
-        """Keep what is known about the teacher, its licence above all, for the release's card."""
+    def record_teacher(self, teacher: nn.Module, role: str = "teacher") -> None:
+        """Keep what is known about the network that this one learns or, in another role, starts from: for the card."""
         facts = ", ".join(f"{k} {v}" for k, v in teacher.facts.items())
-        self.say(f"teacher: {facts}, {teacher.num_features}-d features")
+        self.say(f"{role}: {facts}, {teacher.num_features}-d features")
         if self.accelerator.is_main_process:
-            (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
+            (self.dir / "teacher.json").write_text(json.dumps({**teacher.facts, "role": role}, indent=2) + "\n")
 
     def finish(self, source: common.Source | None, results: dict) -> None:
         """Close the log, write results.json and, where images could not be read, bad_images.txt.
@@ -352,8 +353,10 @@ def _numpy_rng() -> dict:
     return {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest}
 
 
-def save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
-    """model.safetensors and config.json, as timm reads them."""
+def save_backbone(
+    folder: Path, backbone: nn.Module, image_size: int, interpolation: str = "bilinear", crop_pct: float | None = None
+) -> None:
+    """model.safetensors and config.json, as timm reads them; the view is the one that `common.eval_recipe` cuts."""
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     cfg = backbone.pretrained_cfg
@@ -365,8 +368,8 @@ def save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
         "pretrained_cfg": {
             "input_size": [3, image_size, image_size],
             "fixed_input_size": bool(cfg.get("fixed_input_size")),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0 if image_size <= common.RESIDENT_PX else 0.875,
+            "interpolation": interpolation,
+            "crop_pct": crop_pct or (1.0 if image_size <= common.RESIDENT_PX else 0.875),
             "mean": backbone.input_mean.flatten().tolist(),
             "std": backbone.input_std.flatten().tolist(),
             "num_classes": num_classes,

@@ -124,8 +124,9 @@ def open_source(
     """Open `--data`: "digits", an image folder, TSV or parquet files, any `datasets` layout, or a dataset id on the Hub.
 
     `role` chooses the split where `split` names none; "eval" gives None where there is no second split. `subset` is a
-    count ("5000") or a share ("10%") drawn once from `seed`, or a text file of image names, one a line. Small images are decoded into memory unless
-    `resident=False`. Raises SystemExit with the remedy if there are no images, no such split or no such column.
+    count ("5000") or a share ("10%", of every class where there are labels) drawn once from `seed`, or a text file of
+    image names, one a line. Small images are decoded into memory unless `resident=False`. Raises SystemExit with the
+    remedy if there are no images, no such split or no such column.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -144,7 +145,7 @@ def open_source(
 
 
 def _drawn(source: Source, subset: str, seed: int) -> list[int]:
-    """A count or a share of the images, drawn from the seed."""
+    """A count of the images, or a share of them: of every class as of the whole, to one image. Drawn from the seed."""
     n = len(source)
     try:
         count = round(n * float(subset[:-1]) / 100) if subset.endswith("%") else int(subset)
@@ -154,7 +155,15 @@ def _drawn(source: Source, subset: str, seed: int) -> list[int]:
         ) from None
     if not 1 <= count <= n:
         raise SystemExit(f"--subset {subset}: asks for {count} of {n} images")
-    return sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if subset.endswith("%") and source.labels is not None:
+        by_class = source.labels[order].argsort(stable=True)
+        sizes = source.labels.unique(return_counts=True)[1]
+        rank = torch.arange(n) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # within the class, as drawn
+        quantile = torch.empty(n, dtype=torch.float64)
+        quantile[by_class] = (rank.double() + 0.5) / sizes.repeat_interleave(sizes)
+        order = order[quantile.argsort(stable=True)]
+    return sorted(order[:count].tolist())
 
 
 def _named(source: Source, file: Path) -> list[int]:
