@@ -553,14 +553,13 @@ def test_a_tracker_is_used_if_installed_and_named_if_not(train, tmp_path):
 
 
 class FullDisk:
-    """A function that works `times` times and then fails as it does on a full disk, leaving part of a file behind."""
+    """A function that works for the first checkpoint and then fails as on a full disk, leaving part of a file behind."""
 
-    def __init__(self, function, times: int, error: Exception):
-        self.function, self.left, self.error = function, times, error
+    def __init__(self, function, error: Exception):
+        self.function, self.error = function, error
 
     def __call__(self, content, file, *args, **kwargs):
-        self.left -= 1
-        if self.left < 0:
+        if ".step_00000001" not in str(file):
             Path(file).write_bytes(b"half of it")
             raise self.error
         return self.function(content, file, *args, **kwargs)
@@ -580,7 +579,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(train, tmp_p
     name, error = FULL_DISKS[kind]
     function = torch.save if name == "torch.save" else safetensors.torch.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(name, FullDisk(function, 1, error))
+        patch.setattr(name, FullDisk(function, error))
         message = stop_message(train, trainer, total_steps=3, save_every=1)
     run = tmp_path / "run"
     assert "step_00000002" in message and "free space" in message and "--resume" in message
