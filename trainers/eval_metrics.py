@@ -111,7 +111,7 @@ class Args:
     topk: int = 5
     """instance discrimination is reported for k = 1 to topk [ssl-small eval/instdisc.py]"""
     uniformity_t: float = 2.0
-    """t of the uniformity [Wang & Isola Sec. 4.2; stats-dist.py]"""
+    """t of the uniformity [Wang & Isola; stats-dist.py]"""
     uniformity_size: int = 128
     """images in a subset for the uniformity [stats-dist.py]"""
     uniformity_subsets: int = 3
@@ -212,12 +212,8 @@ def extract(
     batches = images.batches(rows[share], batch_size, accelerator.device, num_workers)
     for at, (views, outside) in zip(share.split(batch_size), batches, strict=True):
         failed += outside
-        if failed > max(1, 0.01 * len(rows)):
-            low, high = images.recipes[1].scale
-            raise SystemExit(
-                f"--overlap {images.overlap}: over 1 % of the images have no such pair of views of {low:g} to {high:g} of "
-                "their area in 4000 tries; lower --crop-scale (0.2 1 is the authors')"
-            )
+        if failed > max(1, 0.01 * len(rows)):  # hopeless: 4000 tries for the rest would take long
+            break
         for v, x in enumerate(views):
             with accelerator.autocast():
                 y = model(x).float().cpu()
@@ -226,28 +222,27 @@ def extract(
             features = features or [y.new_zeros(len(rows), y.shape[1]) for _ in views]
             features[v][at] = y
     if world > 1:
-        for matrix in features:
-            for part in matrix.split(65536):
-                part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
         failed = int(accelerator.reduce(torch.tensor(failed, device=accelerator.device), "sum"))
+    if failed > max(1, 0.01 * len(rows)):
+        low, high = images.recipes[1].scale
+        raise SystemExit(
+            f"--overlap {images.overlap}: over 1 % of the images have no such pair of views of {low:g} to {high:g} of "
+            f"their area in {TRIES} tries; lower --crop-scale (0.2 1 is the authors')"
+        )
+    if world > 1:
+        for part in (part for matrix in features for part in matrix.split(65536)):
+            part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
     return features, failed
 
 
 @torch.no_grad()
-def instance_discrimination(
-    query: Tensor,
-    positive: Tensor,
-    topk: int = 5,
-    *,
-    share: Tensor | None = None,
-    chunk: int = 1024,
-    block: int = 10_000,
-) -> Tensor:
+def instance_discrimination(query: Tensor, positive: Tensor, topk: int = 5, share: Tensor | None = None) -> Tensor:
     """Percent of images nearer to their positive than to all but k - 1 of the others, for k = 1 .. topk: (topk,) float64.
 
     query, positive: (N, D), rows of any length; cosine similarity, negatives are the other queries, ties count as nearer
-    (D2). `share`: the rows to judge, all by default. Memory is bounded by `chunk` x `block` scores whatever N.
+    (D2). `share`: the rows to judge, all by default. Besides its arguments it needs 50 MB, whatever N.
     """
+    chunk, block = 1024, 10_000
     share = torch.arange(len(query), device=query.device) if share is None else share.to(query.device)
     nearer = torch.zeros(len(share), dtype=torch.long, device=query.device)
     scores = query.new_empty(min(chunk, len(share)), min(block, len(query)))  # new memory each time costs a third
@@ -258,21 +253,21 @@ def instance_discrimination(
             rows = share[at : at + chunk]
             q = F.normalize(query[rows], dim=1)
             own = (q * F.normalize(positive[rows], dim=1)).sum(1, keepdim=True)
-            score = torch.mm(q, gallery.T, out=scores[: len(rows), : len(gallery)].view(len(rows), -1))
+            score = torch.mm(q, gallery.T, out=scores[: len(rows), : len(gallery)])
             nearer[at : at + chunk] += (score >= own - margin).sum(1)
     k = torch.arange(1, topk + 1, device=query.device)  # the image itself is always among the nearer
     return (nearer.view(-1, 1) <= k).double().sum(0) * (100 / max(1, len(share)))
 
 
 def alignment(x: Tensor, y: Tensor) -> float:
-    """Mean squared distance of positive pairs, rows normalised: 0 (equal) to 4. x, y: (N, D). Wang & Isola, Sec. 4.2."""
+    """Mean squared distance of positive pairs, rows normalised: 0 (equal) to 4. x, y: (N, D)."""
     pairs = zip(x.split(4096), y.split(4096), strict=True)
     total = sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum().double() for a, b in pairs)
     return float(total / len(x))
 
 
 def uniformity(x: Tensor, t: float = 2.0) -> float:
-    """Log of the mean Gaussian potential over all pairs, rows normalised: 0 (collapsed) down. x: (N, D). Wang & Isola, Sec. 4.2.
+    """Log of the mean of exp(-t d^2) over all pairs, rows normalised: 0 (collapsed) or less. x: (N, D).
 
     Raises ValueError below two rows.
     """
@@ -353,27 +348,27 @@ def choose_images(labels: Tensor | None, count: int, per_class: int, total: int,
     return grouped[place < per_class].sort()[0]
 
 
-def load_probe(folder: Path, args: Args, num_features: int) -> nn.Linear:
+def load_probe(folder: Path, checkpoint: str, features: str) -> nn.Linear:
     """The classifier of a finished run of eval_linear, its best learning rate's. Raises SystemExit if it is not this checkpoint's."""
     try:
         results = json.loads((folder / "results.json").read_text())
-        flags, rates = results["flags"], results["flags"]["base_lrs"]
+        theirs, flags = results["checkpoint"], results["flags"]
         saved = torch.load(hub.checkpoints(folder)[0] / "state.pt", map_location="cpu", weights_only=True)
-        name = f"heads.{rates.index(results['best_base_lr'])}"
+        name = f"heads.{flags['base_lrs'].index(results['best_base_lr'])}"
         weight, bias = (saved["state"]["heads"][f"{name}.{part}"] for part in ("weight", "bias"))
     except Exception as error:  # whatever is missing or damaged, the remedy is the same
         raise SystemExit(
             f"--probe {folder}: not a finished run of trainers/eval_linear.py ({type(error).__name__}: "
-            f"{common.first_line(error)}); make one with --checkpoint {args.checkpoint}"
+            f"{common.first_line(error)}); make one with --checkpoint {checkpoint}"
         ) from None
-    if (results["checkpoint"], flags["features"], weight.shape[1]) != (args.checkpoint, args.features, num_features):
+    if Path(theirs).resolve() != Path(checkpoint).resolve() or flags["features"] != features:
         raise SystemExit(
-            f"--probe {folder}: was trained on the {flags['features']} features of {results['checkpoint']}, not on the "
-            f"{args.features} features of {args.checkpoint}"
+            f"--probe {folder}: was trained on {flags['features']} features of {theirs}, not on {features} features of "
+            f"{checkpoint}"
         )
-    probe = nn.Linear(weight.shape[1], len(weight))
+    probe = nn.Linear(weight.shape[1], len(weight)).requires_grad_(False)
     probe.load_state_dict({"weight": weight, "bias": bias})
-    return probe.requires_grad_(False)
+    return probe
 
 
 @torch.no_grad()
@@ -407,10 +402,8 @@ def main(args: Args) -> dict[str, float]:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     # --- end shared block ---
 
-    common.check_positive(
-        args,
-        *("eval_batch_size", "images_per_class", "topk", "uniformity_subsets", "bins", "latency_threads"),
-    )
+    common.check_positive(args, "eval_batch_size", "images_per_class", "topk", "bins", "latency_threads")
+    common.check_positive(args, "uniformity_subsets")
     common.check_positive(args, "uniformity_size", "rank_images", "information_images", least=2)
     common.check_positive(args, "num_images", "latency_runs", least=0)
     common.check_above_zero(args, "uniformity_t")
@@ -434,6 +427,9 @@ def main(args: Args) -> dict[str, float]:
     network = hub.load_teacher(args.checkpoint, flag="--checkpoint")
     if args.features == "head" and network.head is None:
         raise SystemExit(f"--features head: {args.checkpoint} holds no projection head; use --features backbone")
+    if args.probe and labels is None:
+        raise SystemExit(f"--probe {args.probe}: I(T; Y) needs labels and {source.name} has none; leave it out")
+    probe = load_probe(args.probe, args.checkpoint, args.features) if args.probe else None
     whole = network.backbone if args.features == "backbone" else nn.Sequential(network.backbone, network.head)
     facts = ", ".join(f"{key} {value}" for key, value in network.facts.items())
     run.say(f"checkpoint: {facts}; {len(rows)} images of {source.name}, two views of each, overlap {args.overlap}")
@@ -445,13 +441,12 @@ def main(args: Args) -> dict[str, float]:
     options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
     (plain, first, second), failed = extract(whole, images, rows, accelerator, **options)  # (N, D) each
     labels = None if labels is None else labels[rows]
-    probe = load_probe(args.probe, args, plain.shape[1]) if args.probe else None
 
     figures = {}
     share = torch.arange(len(rows)).tensor_split(world)[rank]  # every process judges its part of the queries
     for name, query, positive in (("d-sd", plain, first), ("sd-sd", first, second)):
         query, positive = query.to(device), positive.to(device)
-        hits = instance_discrimination(query, positive, args.topk, share=share).float() * len(share)
+        hits = instance_discrimination(query, positive, args.topk, share).float() * len(share)
         hits = accelerator.reduce(hits, "sum") if world > 1 else hits
         figures |= {f"top{k} {name}": h / len(rows) for k, h in enumerate(hits.tolist(), start=1)}
         figures[f"alignment {name}"] = alignment(query, positive)
@@ -464,7 +459,7 @@ def main(args: Args) -> dict[str, float]:
         if labels is not None and labels.bincount().max() > 1:
             figures[f"intra-class alignment {name}"] = intra_class_alignment(x, labels)
     figures["effective rank"] = common.effective_rank(F.normalize(plain[order[: args.rank_images]], dim=1)).item()
-    if probe is not None and labels is not None:
+    if probe is not None:
         some = order[: args.information_images]
         information = mutual_information(probe(plain[some]), labels[some], args.bins, overcount=args.overcount)
         figures |= dict(zip(("I(X;T)", "I(T;Y)"), information, strict=True))
