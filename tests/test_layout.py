@@ -157,7 +157,8 @@ def test_functions_that_trainers_repeat_are_identical():
         for node in ast.parse(source(method)).body:
             if isinstance(node, ast.FunctionDef):
                 found[node.name][method] = ast.get_source_segment(source(method), node)
-    for name in ("info_nce", "consistency_loss", "momentum_update", "initial_queue", "recipes"):
+    repeated = ("info_nce", "consistency_loss", "momentum_update", "initial_queue", "recipes", "choose_images")
+    for name in repeated:
         assert len(found[name]) > 1 and len(set(found[name].values())) == 1, f"{name}: {sorted(found[name])}"
 
 

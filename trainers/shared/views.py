@@ -96,8 +96,11 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def uniforms(seed: int, epoch: int, indices: Tensor, view: int, count: int) -> Tensor:
-    """Numbers in [0, 1), a pure function of (seed, epoch, sample index, view, column). (B,) -> (B, count) float64."""
+def uniforms(seed: int, epoch: int | np.ndarray, indices: Tensor, view: int, count: int) -> Tensor:
+    """Numbers in [0, 1), a pure function of (seed, epoch, sample index, view, column). (B,) -> (B, count) float64.
+
+    One epoch for all samples, or one each (B,).
+    """
     step = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment; arrays throughout, they wrap without a warning
     state = np.zeros(1, np.uint64)
     for word in (seed, epoch, view, indices.numpy()):
@@ -133,7 +136,14 @@ def _middle_boxes(recipe: Recipe, size: int, heights: np.ndarray, widths: np.nda
 
 
 def sample_params(
-    recipe: Recipe, seed: int, epoch: int, indices: Tensor, view: int, heights: Tensor, widths: Tensor, size: int
+    recipe: Recipe,
+    seed: int,
+    epoch: int | np.ndarray,
+    indices: Tensor,
+    view: int,
+    heights: Tensor,
+    widths: Tensor,
+    size: int,
 ) -> Params:
     """The parameters of one view, distributed like torchvision's. indices, heights, widths: (B,), size: the output."""
     # Every recipe reads the same columns, so that changing one part of a recipe leaves the rest of a view as it was.
