@@ -129,7 +129,7 @@ def test_lists_that_can_not_be_followed_are_one_line(tmp_path):
     assert "0 of its 0 names" in stop_message(common.open_source, str(photos), subset=str(tmp_path / "none.txt"))
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     assert "not a text file" in stop_message(common.open_source, str(photos), subset=str(tmp_path / "binary.txt"))
-    (photos / "train" / "class0" / "001.jpg").write_bytes((photos / "train" / "class1" / "001.jpg").read_bytes())
+    (photos / "train" / "class2" / "001.jpg").write_bytes((photos / "train" / "class1" / "001.jpg").read_bytes())
     (tmp_path / "one.txt").write_text("001.jpg")
     assert "several images" in stop_message(common.open_source, str(photos), subset=str(tmp_path / "one.txt"))
 
