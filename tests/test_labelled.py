@@ -16,6 +16,8 @@ import hub
 from trainers import kd, sskd, supervised
 from trainers.shared import sources
 
+FROM_LABELS = [name for name in LABELLED if name != "eval_finetune"]  # its own mistakes are in test_transfer.py
+
 
 @pytest.fixture(scope="session")
 def zoo_teacher(tmp_path_factory):
@@ -185,7 +187,8 @@ def test_results_are_the_last_and_the_best_epoch(tmp_path, tiny_teacher, monkeyp
     lines = tiny_run("kd", tmp_path / "run", tiny_teacher, method="kd", total_steps=5)
     assert [line.get("eval_top1") for line in lines] == [None, 30.0, None, 50.0, 40.0]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results == {"top1 teacher": 77.0, "top1 last epoch": 40.0, "top1 best epoch": 50.0}
+    figures = {k: v for k, v in results.items() if isinstance(v, float)}
+    assert figures == {"top1 teacher": 77.0, "top1 last epoch": 40.0, "top1 best epoch": 50.0}
 
 
 @pytest.mark.parametrize("trainer", ["sskd", "kd"])
@@ -209,7 +212,7 @@ def test_timms_classifier_is_not_replaced_by_a_random_one(monkeypatch):
     assert hub.load_teacher("timm/test_resnet").backbone.num_classes == 0
 
 
-@pytest.mark.parametrize("trainer", LABELLED)
+@pytest.mark.parametrize("trainer", FROM_LABELS)
 @pytest.mark.parametrize("labels, message", [([0, -1, 1], "holds the label -1"), (None, "no labels to learn from")])
 def test_labels_that_cannot_be_learned_are_named(trainer, labels, message, tmp_path, tiny_teacher, monkeypatch):
     opened = common.open_source
@@ -263,7 +266,7 @@ def test_maps_that_one_convolution_cannot_match_are_named():
         common.MapRegressor((8, 4, 4), (8, 16, 16), relu=True)
 
 
-@pytest.mark.parametrize("trainer", LABELLED)
+@pytest.mark.parametrize("trainer", FROM_LABELS)
 def test_init_from_leaves_the_classifier_to_the_new_classes(trainer, tmp_path, tiny_teacher):
     folder = tmp_path / "other"
     make_run(folder, backbone := make_backbone("test_resnet", num_classes=3), supervised)
