@@ -240,7 +240,7 @@ def instance_discrimination(query: Tensor, positive: Tensor, topk: int = 5, shar
     """Percent of images nearer to their positive than to all but k - 1 of the others, for k = 1 .. topk: (topk,) float64.
 
     query, positive: (N, D), rows of any length; cosine similarity, negatives are the other queries, ties count as nearer
-    (D2). `share`: the rows to judge, all by default. Besides its arguments it needs 50 MB, whatever N.
+    (D2). `share`: the rows to judge, all by default. Beyond its arguments it holds 1024 x 10,000 scores and 10,000 rows, whatever N.
     """
     chunk, block = 1024, 10_000
     share = torch.arange(len(query), device=query.device) if share is None else share.to(query.device)
