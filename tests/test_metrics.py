@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
 from runs import command, launch, photographs
+from test_training import sabotaged
 from tools import make_backbone, stop_message
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,42 +73,68 @@ def points(n: int, dim: int = 5, seed: int = 0) -> torch.Tensor:
 # --- the authors' figures ---
 
 
-def test_the_small_ssl_metrics_are_the_authors():
+def check_small_ssl(module) -> None:
     g = golden("metrics_ssl_small")
     plain, first, second = (g[f"case0/features_{name}"] for name in ("original", "view1", "view2"))
     labels = torch.arange(len(plain)) // int(g["case0/samples_per_class"])
     stats = {k.removeprefix("case0/stats/"): v for k, v in g.items() if k.startswith("case0/stats/")}
     for mode, pair in (("d-sd", (plain, first)), ("sd-sd", (first, second))):
         theirs = g[f"case0/instdisc/{mode}/all_classes/top1to5_percent"]
-        torch.testing.assert_close(instance_discrimination(*pair, 5), theirs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(module.instance_discrimination(*pair, 5), theirs, rtol=0, atol=1e-9)
     subsets = g["case0/uniformity_permutation"][: 3 * 128].split(128)
     ours = {
-        "align_d_sd": alignment(plain, first),
-        "align_sd_sd": alignment(first, second),
-        "alignment_fn_original_view1": alignment(plain, first),
-        "avg_align_d": intra_class_alignment(plain, labels),
-        "avg_align_sd": intra_class_alignment(first, labels),
-        "uniform_d": sum(uniformity(plain[s], 2) for s in subsets) / 3,
-        "uniform_sd": sum(uniformity(first[s], 2) for s in subsets) / 3,
-        "uniform_first128_of_original": uniformity(plain[:128], 2),
+        "align_d_sd": module.alignment(plain, first),
+        "align_sd_sd": module.alignment(first, second),
+        "alignment_fn_original_view1": module.alignment(plain, first),
+        "avg_align_d": module.intra_class_alignment(plain, labels),
+        "avg_align_sd": module.intra_class_alignment(first, labels),
+        "uniform_d": sum(module.uniformity(plain[s], 2) for s in subsets) / 3,
+        "uniform_sd": sum(module.uniformity(first[s], 2) for s in subsets) / 3,
+        "uniform_first128_of_original": module.uniformity(plain[:128], 2),
     }
     assert set(ours) == set(stats) - {"align_cls_d_per_class"}
     assert ours == pytest.approx({k: float(stats[k]) for k in ours}, rel=1e-9, abs=1e-9)
-    each = [intra_class_alignment(plain[labels == c], labels[labels == c]) for c in range(10)]
+    each = [module.intra_class_alignment(plain[labels == c], labels[labels == c]) for c in range(10)]
     assert each == pytest.approx(stats["align_cls_d_per_class"].tolist(), rel=1e-9)
 
 
-@pytest.mark.parametrize("counting", ["intended", "official"])
-def test_the_informations_are_the_authors_and_what_they_meant(counting):
-    g, checked = golden("metrics_mi"), 0
-    for case in sorted({key.split("/")[0] for key in g}):
+def check_information(module) -> None:
+    g = golden("metrics_mi")
+    cases = sorted({key.split("/")[0] for key in g})
+    for case, counting in [(case, counting) for case in cases for counting in ("intended", "official")]:
         labels = g[f"{case}/label_matrix"].argmax(1)
-        ours = mutual_information(g[f"{case}/logits"], labels, 30, overcount=counting == "official")
-        theirs = [float(g[f"{case}/{counting}_I_{pair}"]) for pair in ("XT", "TY")]
-        assert ours == pytest.approx(theirs, rel=1e-9)
-        checked += 1
-    assert checked == 2
+        ours = module.mutual_information(g[f"{case}/logits"], labels, 30, overcount=counting == "official")
+        assert ours == pytest.approx([float(g[f"{case}/{counting}_I_{pair}"]) for pair in ("XT", "TY")], rel=1e-9)
+    assert len(cases) == 2
     assert g["case0/official_num_clusters"] > g["case0/intended_num_clusters"], "the two countings differ somewhere"
+
+
+@pytest.mark.parametrize("check", [check_small_ssl, check_information])
+def test_the_figures_are_the_authors(check):
+    check(eval_metrics)
+
+
+@pytest.mark.parametrize(
+    ("check", "old", "new"),
+    [
+        (check_small_ssl, "(nearer.view(-1, 1) <= k)", "(nearer.view(-1, 1) < k)"),  # the image itself counted
+        (check_small_ssl, "own = (q * F.normalize(positive[rows]", "own = (q * F.normalize(query[rows]"),
+        (check_small_ssl, "gallery = F.normalize(query[start", "gallery = F.normalize(positive[start"),
+        (check_small_ssl, "F.normalize(b, dim=1)).square()", "b).square()"),
+        (check_small_ssl, ".triu_(1)", ".triu_(0)"),
+        (check_small_ssl, "distance.mul_(-t)", "distance.sqrt_().mul_(-t)"),
+        (check_small_ssl, "(n * (n - 1) / 2)).mean()", "(n * n / 2)).mean()"),
+        (check_information, "device=logits.device) / bins", "device=logits.device) / (bins - 2)"),
+        (check_information, "first.setdefault(own, i)", "i"),  # nothing is ever equal
+        (check_information, "value = _overcounted(value, zero)", "pass"),
+        (check_information, "n_y[pair // values] / total", "n_y[pair // values]"),
+    ],
+    ids=range(11),
+)
+def test_the_authors_figures_notice_sabotage(check, old, new, tmp_path):
+    module = sabotaged("eval_metrics", old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        check(module)
 
 
 # --- closed forms and brute force ---

@@ -21,8 +21,8 @@ github.com/Yuting-Gao/DisCo-pytorch @ 1d732c8, data/mi_by_binning.py. Difference
       network, there through JPEG. Accuracies are means over images, there over classes: equal where those are equal in size.
   D2. A negative that is as near as the positive counts as nearer, so that a collapsed network gets 0 and not 100; there the
       sort decides.
-  D3. `--overlap`: a box ends before its last pixel, there the intersection is a pixel wider and higher. 4000 tries for a
-      pair, 1000 there (2000 for super-hard), whose failures pass unseen; here they are counted, and over 1 % stop the run.
+  D3. `--overlap` is the exact share; there the intersection is a pixel too wide and too high. 4000 tries for a pair, there
+      1000 (2000 for super-hard), whose failures pass unseen; here they are counted, and over 1 % stop the run.
       The variants with a masked intersection are not here.
   D4. Classes with a single image have no pairs and do not count.
   D5. Rows with equal codes are one value of T. There a row is compared with the first rows, as many as there are values
@@ -240,7 +240,7 @@ def instance_discrimination(query: Tensor, positive: Tensor, topk: int = 5, shar
     """Percent of images nearer to their positive than to all but k - 1 of the others, for k = 1 .. topk: (topk,) float64.
 
     query, positive: (N, D), rows of any length; cosine similarity, negatives are the other queries, ties count as nearer
-    (D2). `share`: the rows to judge, all by default. Besides its arguments it needs 50 MB, whatever N.
+    (D2). `share`: the rows to judge, all by default. Beyond its arguments it holds 1024 x 10,000 scores and 10,000 rows, whatever N.
     """
     chunk, block = 1024, 10_000
     share = torch.arange(len(query), device=query.device) if share is None else share.to(query.device)
