@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 # Chapters that would make this file too long to read: networks of our own, where images come from, the random views.
 from trainers.shared.adapters import GaussianRegressor, MapRegressor, Shape, UnitEmbedding, conv_stack, same_size
-from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarNetwork, CifarResNet, WideResNet
+from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.sources import (
     RESIDENT_PX,

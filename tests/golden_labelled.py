@@ -38,6 +38,8 @@ def initialise(model: nn.Module, prefix: str = "", rounded: bool = True) -> nn.M
     """The recorded runs' rule: tensors of two or more dimensions from RandomState(crc32(official name)), biases zero."""
     transposed = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.ConvTranspose2d)}
     for name, p in model.named_parameters():
+        if isinstance(model, common.CifarMobileNetV2) and not rounded:  # RepDistiller's, whose records are not rounded
+            name = name.replace("classifier.", "classifier.0.")
         if p.ndim >= 2:
             draw = np.random.RandomState(zlib.crc32(f"{prefix}{name}".encode())).standard_normal(tuple(p.shape))
             fan_in = p[:, 0].numel() if name in transposed else p[0].numel()
@@ -170,6 +172,8 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
     for part in saved.keys() & {"ssp_head", "student", "model", "first"}:
         for key, tensor in saved[part].items():
             where, name = official(part, key, rep)
+            if rep and student_name == "mobilenetv2_cifar":
+                name = name.replace("classifier.", "classifier.0.")
             result["norms"].setdefault(where, {})[name] = tensor.double().norm().item()
     return result
 
@@ -181,9 +185,9 @@ REP_PARTS = [
     (r"student/helpers\.(\w+)\.", r"\1/"),
     (r"student/backbone\.", "student/"),
     (r"first/backbone\.", "copy/"),
-    (r"first/helper\.0\.(?=\d+\.\w+$)", "paraphraser/encoder."),
-    (r"first/helper\.1\.(?=\d+\.\w+$)", "paraphraser/decoder."),
-    (r"first/helper\.", "connector/connectors."),
+    (r"first/own\.0\.(?=\d+\.\w+$)", "paraphraser/encoder."),
+    (r"first/own\.1\.(?=\d+\.\w+$)", "paraphraser/decoder."),
+    (r"first/own\.", "connector/connectors."),
 ]
 
 

@@ -54,7 +54,7 @@ SABOTAGE = [
     ("sskd", "(turned, t_turned, lt_temperature) * lt_kept", "(turned, t_turned, lt_temperature) * ~lt_kept"),
     ("sskd", "x[:, 0], x[:, 1:]", "x[:, 1], x[:, 1:]"),  # turned images for upright ones
     ("sskd", "t_rep = (common.gather(y) for y in (t_logits, ssp_head(t_features)))", "t_rep = t_logits, t_features"),
-    ("kd", "t[-2] = helper[0](t[-2])", "t[-2] = helper[1](helper[0](t[-2]))"),
+    ("kd", "t[-2] = before[0](t[-2])", "t[-2] = before[0][:-1](t[-2])"),
     ("kd", "init_lr = (args.init_lr or", "init_lr = (2 * args.init_lr or"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed

@@ -282,16 +282,16 @@ class Student(nn.Module):
 class FirstStage(nn.Module):
     """What ab and ft train first: -> (student's connected maps, teacher's) or (reconstructed last map, teacher's)."""
 
-    def __init__(self, backbone: nn.Module | None, helper: nn.Module):
+    def __init__(self, backbone: nn.Module | None, modules: nn.ModuleList):
         super().__init__()
-        self.backbone, self.helper = backbone, helper
+        self.backbone, self.own = backbone, modules
 
     def forward(self, x: Tensor, t: list[Tensor]) -> tuple:
         if self.backbone is None:
-            encoder, decoder = self.helper
+            encoder, decoder = self.own
             return decoder(encoder(t[-2])), t[-2]
         s, _ = common.forward_stages(self.backbone, x, preact=True)
-        return [connect(f) for connect, f in zip(self.helper, s[1:-1], strict=True)], t[1:-1]
+        return [connect(f) for connect, f in zip(self.own, s[1:-1], strict=True)], t[1:-1]
 
 
 def create_helpers(args: Args, s: list[common.Shape], t: list[common.Shape]) -> tuple[nn.ModuleDict, nn.Module | None]:
@@ -392,7 +392,7 @@ def main(args: Args) -> dict[str, float]:
     shape_s, shape_t = (common.stage_shapes(n, args.image_size) for n in (backbone.to(device), teacher.backbone))
     if args.hint_layer > min(len(shape_s), len(shape_t)) - 2:
         raise SystemExit(f"--hint-layer {args.hint_layer}: there are maps 0 to {min(len(shape_s), len(shape_t)) - 2}")
-    helpers, helper = create_helpers(args, shape_s, shape_t)
+    helpers, before = create_helpers(args, shape_s, shape_t)
     student = Student(args, backbone, helpers)
     student = common.set_batch_norm_groups(student, args.bn_group_size, args.batch_size)
     stages = common.forward_stages
@@ -411,10 +411,10 @@ def main(args: Args) -> dict[str, float]:
     accuracy = common.EpochAccuracy(queries, args.image_size, accelerator, every, **options)
 
     state = {"student": student, "optimizer": optimizer, "accuracy": accuracy}
-    if helper is not None:
-        trained = nn.ModuleList([helper, *(backbone.feature_modules() if args.method == "ab" else ())])
+    if before is not None:
+        trained = nn.ModuleList([before, *(backbone.feature_modules() if args.method == "ab" else ())])
         init_optimizer = common.create_optimizer(args.optimizer, trained.parameters(), init_lr, **hyper)
-        first = FirstStage(backbone if args.method == "ab" else None, helper)
+        first = FirstStage(backbone if args.method == "ab" else None, before)
         first = common.set_batch_norm_groups(first.to(device), args.bn_group_size, args.batch_size)
         first.requires_grad_(False)  # several processes wait for a gradient of all that needs one when it is prepared
         trained.requires_grad_(True)
@@ -429,7 +429,7 @@ def main(args: Args) -> dict[str, float]:
     epochs = total_steps / data.steps_per_epoch  # the length of every schedule, in passes over the data
     first_step = run.resume(state) if args.resume else 0
     # --- end shared block ---
-    init_epochs = args.init_epochs if helper is not None else 0
+    init_epochs = args.init_epochs if before is not None else 0
     init_steps, total_steps = common.two_stages(args, init_epochs, total_steps, data.steps_per_epoch)
     epochs = (total_steps - init_steps) / data.steps_per_epoch
     given = args.ce_weight, args.kd_weight, args.method_weight
@@ -445,7 +445,7 @@ def main(args: Args) -> dict[str, float]:
         with torch.no_grad(), accelerator.autocast():
             t, t_logits = stages(teacher.backbone, x, preact=args.method == "ab")
             if args.method == "ft" and step >= init_steps:
-                t[-2] = helper[0](t[-2])
+                t[-2] = before[0](t[-2])
 
         if step < init_steps:
             trains, lr, terms = init_optimizer, init_lr, {}
@@ -459,7 +459,7 @@ def main(args: Args) -> dict[str, float]:
             if args.method in ("sp", "rkd", "pkt"):  # relations between the images of the global batch
                 pairs = [[common.gather(f) for f in pair] for pair in pairs]
             if args.method == "crd":
-                (pair,), indices = pairs, batch.indices.to(device)
+                (pair,), indices = pairs, batch.indices.to(device, non_blocking=True)
                 g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
                 negatives = others.draw(common.gather(batch.labels), args.crd_negatives, g)
                 candidates = torch.cat([indices[:, None], negatives.chunk(world)[rank]], 1)

@@ -253,10 +253,8 @@ def load_head(head: nn.Module, path: Path, teacher: str) -> None:
     file = path / "ssp_head.safetensors" if path.is_dir() else path
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            state, made_for = (
-                {k: opened.get_tensor(k) for k in opened.keys()},
-                (opened.metadata() or {}).get("teacher"),
-            )
+            made_for = (opened.metadata() or {}).get("teacher")
+            state = {k: opened.get_tensor(k) for k in opened.keys()}
     except Exception as error:  # the safetensors reader has an exception type of its own
         reason = common.first_line(error)
         raise SystemExit(f"--ssp-head {file}: cannot be read ({reason}); a run writes it when phase A ends") from None
@@ -332,9 +330,8 @@ def main(args: Args) -> dict[str, float]:
         stages = torch.compile(stages)
 
     light = backbone.pretrained_cfg["architecture"].startswith(("mobilenetv2_cifar", "shufflenet_v"))
-    peak_lr, peak_head_lr = (
-        lr * args.batch_size / 256 for lr in (args.base_lr or (0.04 if light else 0.2), args.head_lr)
-    )
+    peak_lr = (args.base_lr or (0.04 if light else 0.2)) * args.batch_size / 256
+    peak_head_lr = args.head_lr * args.batch_size / 256
     hyper = {"momentum": args.momentum, "weight_decay": args.weight_decay, "device": device}
     head_optimizer = common.create_optimizer(args.optimizer, ssp_head.parameters(), peak_head_lr, **hyper)
     optimizer = common.create_optimizer(args.optimizer, student.parameters(), peak_lr, **hyper)

@@ -5,6 +5,7 @@
 Recipes: SGD with a cosine or with steps (SSKD's teachers: github.com/xuguodong03/SSKD @ 661b972, teacher.py), AdamW for
 small data. Differences from SSKD's teacher.py:
   D1. The default schedule is a cosine; `--schedule step --milestones 150 180 210` is theirs (configs name it).
+  D2. The last epoch is kept, there the best on the test set; an epoch's last partial batch is left out.
 
 Run:  accelerate launch trainers/supervised.py --data FOLDER --backbone resnet18
 Results: configs/supervised/*.toml record command, hardware, time and accuracy of each run.
