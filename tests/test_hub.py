@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -9,14 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
+from hub_server import BAD_TOKEN, CALLS, READ_TOKEN, WRITE_TOKEN, HubServer, run_together, said
+from huggingface_hub import ModelCard
 from runs import photographs
 from tools import disturb_batch_norm, make_backbone, make_run, stop_message
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 import common
 import hub
 from trainers import moco, supervised
+from trainers.shared.card import contradicts, inherited
 from trainers.shared.run import save_head
 
 HUB = str(common.ROOT / "hub.py")
@@ -374,7 +379,8 @@ def test_a_run_without_a_checkpoint_cannot_be_released(tmp_path):
 
 
 def non_commercial_run(folder: Path) -> hub.Run:
-    run = make_run(folder, make_backbone("test_resnet"), data="/srv/private/photos", init_from="/srv/private/a.pth")
+    run = make_run(folder, make_backbone("test_resnet"), data="/srv/private/photos", init_from="/srv/private/a.pth",
+                   subset="/srv/private/names.txt")  # fmt: skip
     facts = {"source": "moco_v2_r50_800ep", "licence": "cc-by-nc-4.0", "architecture": "resnet50", "format": "MoCo"}
     (folder / "teacher.json").write_text(json.dumps(facts))
     return run
@@ -383,21 +389,93 @@ def non_commercial_run(folder: Path) -> hub.Run:
 def test_the_teachers_licence_reaches_the_card_and_stays_there(tmp_path):
     non_commercial_run(tmp_path / "run")
     card = (hub.build_release(tmp_path / "run") / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
+    assert ModelCard(card).data.license == "cc-by-nc-4.0"
     assert "| teacher | cc-by-nc-4.0 |" in card and "| **these weights** | **cc-by-nc-4.0** |" in card
+    assert "Not for commercial use" in card
     assert hub.load_teacher(tmp_path / "run").facts["licence"] == "cc-by-nc-4.0", (
         "a student of the student inherits it"
     )
     message = stop_message(hub.push, tmp_path / "run", "tester/x", licence="apache-2.0")
     assert "cc-by-nc-4.0" in message and "--accept-licence" in message
-    assert "license: cc-by-nc-4.0" in (tmp_path / "run" / "release" / "README.md").read_text()
+    assert (tmp_path / "run" / "release" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    "parts, licence",
+    [
+        ((), "apache-2.0"),
+        (("mit", "cc-by-4.0"), "apache-2.0"),
+        (("unknown",), "unknown"),
+        (("gpl-3.0", "cc-by-nc-4.0"), "cc-by-nc-4.0"),
+        (("cc-by-nc-sa-4.0", "mit", "imagenet non-commercial"), "cc-by-nc-sa-4.0 and imagenet non-commercial"),
+        (("cc-by-sa-4.0", "apache-2.0"), "cc-by-sa-4.0"),
+    ],
+)
+def test_what_binds_in_a_chain_is_handed_down(parts, licence):
+    assert inherited(parts) == licence
+    assert not contradicts(licence, licence)
+    assert contradicts("mit", licence) is (licence not in ("apache-2.0", "unknown"))
+
+
+def test_the_datas_licence_and_the_starts_reach_the_card(tmp_path):
+    table = tmp_path / "photos"
+    table.mkdir()
+    pixel = io.BytesIO()
+    PIL.Image.new("RGB", (40, 40)).save(pixel, "png")
+    images = [{"bytes": pixel.getvalue(), "path": None}] * 4
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features).to_parquet(table / "train.parquet")
+    (table / "README.md").write_text("---\nlicense:\n- cc-by-nc-4.0\ntags: [x]\n---\n# Photos\n")
+    source = common.open_source(str(table), "train")
+    assert source.licence == "cc-by-nc-4.0" and common.open_source("digits", "train").licence == "cc-by-4.0"
+
+    backbone = make_backbone("test_resnet")
+    backbone.started_from = {"source": "theirs.pth", "licence": "gpl-3.0", "architecture": "test_resnet"}
+    run = make_run(tmp_path / "run", backbone, data=str(table))
+    view = (common.eval_recipe(32), 32)
+    run.start(0, 1, common.Batches(source, [view], 4, seed=0, device=torch.device("cpu")))
+    text = (hub.build_release(tmp_path / "run") / "README.md").read_text()
+    assert "| data | photos |" in text and "| data | cc-by-nc-4.0 |" in text
+    assert "| started from | theirs.pth (test_resnet) |" in text and "| started from | gpl-3.0 |" in text
+    assert ModelCard(text).data.license == "cc-by-nc-4.0"
 
 
 def test_a_card_names_no_path_of_the_training_machine(tmp_path):
     non_commercial_run(tmp_path / "run")
     card = (hub.build_release(tmp_path / "run") / "README.md").read_text()
     assert "/srv" not in card and str(tmp_path) not in card and str(Path.home()) not in card
-    assert "| data | photos |" in card
+    assert "| data | photos |" in card and '"subset": "names.txt"' in card
+
+
+def test_a_card_shows_figures_curve_and_citation(tmp_path):
+    run = make_run(tmp_path / "run", make_backbone("test_resnet"), data="digits")
+    log = "".join(json.dumps({"step": i, "loss": 1 / (i + 1), "z_std": 1.0}) + "\n" for i in range(9))
+    (tmp_path / "run" / "metrics.jsonl").write_text(log + '{"step": 9, "lo')  # a line that a kill cut short
+    hub.finish(run, None, {"knn raw pixels": 55.5, "knn trained backbone": 93.06})
+    probe = tmp_path / "probe"
+    probe.mkdir()
+    (probe / "results.json").write_text('{"trainer": "eval_linear", "top1": 91.25, "checkpoint": "run"}')
+    release = hub.build_release(tmp_path / "run", [probe])
+    found = ModelCard.load(release / "README.md").data
+    metrics = {r.metric_name: r.metric_value for r in found.eval_results}
+    assert metrics == {"simsiam: knn trained backbone, percent": 93.06, "probe: top1, percent": 91.25}
+    assert {r.dataset_name for r in found.eval_results} == {"digits"} and "simsiam" in found.tags
+    text = (release / "README.md").read_text()
+    assert "| simsiam | knn raw pixels | 55.50 |" in text and "| probe | top1 | 91.25 |" in text
+    assert "![training curve](training.png)" in text and PIL.Image.open(release / "training.png").width > 500
+    assert "eprint = {2011.10566}" in text and "author = {Chen and He}" in text
+    assert "--evals" in stop_message(hub.build_release, tmp_path / "run", [tmp_path / "nothing"])
+
+
+def test_files_exported_from_the_same_weights_stay_in_the_release(tmp_path):
+    run = make_run(tmp_path / "run", backbone := make_backbone("test_resnet"))
+    hub.build_release(tmp_path / "run")
+    (tmp_path / "run" / "release" / "model.onnx").write_bytes(b"exported")
+    assert (hub.build_release(tmp_path / "run") / "model.onnx").read_bytes() == b"exported"
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1)
+    run.save(4, {"model": backbone}, backbone)
+    assert not (hub.build_release(tmp_path / "run") / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("name", ["resnet18_small", "mobilenetv3_small_100"])
@@ -421,39 +499,6 @@ teacher = hub.load_teacher("tester/student")
 out["teacher"], out["facts"] = teacher(x["images"]), teacher.facts
 torch.save(out, sys.argv[2])
 """
-
-CALLS = """
-import json, os, sys, hub
-said = {}
-for name, token, function, arguments, options in json.loads(sys.argv[1]):
-    os.environ["HF_TOKEN"] = token
-    try:
-        said[name] = [True, str(getattr(hub, function)(*arguments, **options))]
-    except SystemExit as stop:
-        said[name] = [False, str(stop)]
-print("SAID" + json.dumps(said))
-"""
-
-
-def run_together(**commands: tuple[dict[str, str], list[str]]) -> dict[str, subprocess.CompletedProcess]:
-    """Start Python with each command's environment and arguments, all at once; results by name."""
-    always = {**os.environ, "PYTHONPATH": str(common.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = {
-        name: subprocess.Popen([sys.executable, *words], env={**always, **environment}, **pipes)
-        for name, (environment, words) in commands.items()
-    }
-    done = {}
-    for name, process in started.items():
-        out, err = process.communicate(timeout=100)
-        done[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-        assert "Traceback" not in err, err
-    return done
-
-
-def said(process: subprocess.CompletedProcess) -> dict[str, tuple[bool, str]]:
-    line = next(line for line in process.stdout.splitlines() if line.startswith("SAID"))
-    return {name: tuple(answer) for name, answer in json.loads(line[4:]).items()}
 
 
 @pytest.fixture(scope="module")
@@ -537,6 +582,8 @@ def test_every_command_of_hub_py_ends_well(session):
 
 def test_push_uploads_the_release_and_pull_brings_it_back(session):
     release = {f.name: f.read_bytes() for f in (session.folder / "run" / "release").iterdir()}
+    assert b"hf-hub:ORG/NAME" in release["README.md"]
+    release["README.md"] = release["README.md"].replace(b"ORG/NAME", b"tester/student")  # the card names where it is
     assert len(release) == 3 and {name: session.pushed[name] for name in release} == release
     pulled = {f.name: f.read_bytes() for f in (session.folder / "pulled").iterdir() if f.is_file()}
     assert pulled == release
@@ -583,7 +630,8 @@ def test_what_should_work_on_the_hub_does_and_nothing_else_was_uploaded(session)
 
 
 def test_a_licence_that_was_taken_upon_oneself_is_the_cards(session):
-    assert session.files["tester/licensed"]["README.md"].startswith(b"---\nlicense: apache-2.0\n")
+    card = session.files["tester/licensed"]["README.md"].decode()
+    assert ModelCard(card).data.license == "apache-2.0" and "| **these weights** | **apache-2.0** |" in card
 
 
 @pytest.mark.parametrize("verb", ["push", "pull"])
@@ -609,6 +657,18 @@ def test_a_failed_upload_loses_no_run_and_names_the_command_to_retry(tmp_path, c
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_shows_teachers_and_runs(tmp_path):
+    run = make_run(tmp_path / "runs" / "done", make_backbone("test_resnet"), data="digits")
+    hub.finish(run, None, {"knn trained backbone": 93.06})
+    make_run(tmp_path / "runs" / "going", make_backbone("test_resnet"), data="/srv/photos")
+    done = subprocess.run([sys.executable, HUB, "list", str(tmp_path / "runs")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in done.stdout.splitlines() if line}
+    assert "68.10 cc-by-nc-4.0 simsiam README" == rows["simsiam_r50_100ep"]
+    assert rows[f"{tmp_path}/runs/done"] == "93.06 apache-2.0 resnet50, simsiam, digits"
+    assert rows[f"{tmp_path}/runs/going"] == "step 3 unknown resnet50, simsiam, photos"
 
 
 def test_a_report_is_one_table_of_runs_and_evaluations(tmp_path):
