@@ -358,7 +358,7 @@ def run_together(**commands: tuple[dict[str, str], list[str]]) -> dict[str, subp
     }
     done = {}
     for name, process in started.items():
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=300)
         done[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
         assert "Traceback" not in err, err
     return done

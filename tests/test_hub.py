@@ -511,7 +511,7 @@ def session(tmp_path_factory):
     non_commercial_run(licensed)
     torch.save({"images": images(), "normalised": normalised(images())}, question)
     other, student, nothing = str(licensed), [str(licensed), "tester/student"], "tester/nothing"
-    shared, version = {"licence": "apache-2.0", "accept_licence": True}, {"revision": "v9"}
+    shared = {"licence": "apache-2.0", "accept_licence": True}
     calls = [
         ("push, accepted", WRITE_TOKEN, "push", [other, "tester/licensed"], shared),
         ("push again", WRITE_TOKEN, "push", [other, "tester/licensed"], shared),
@@ -523,7 +523,7 @@ def session(tmp_path_factory):
         ("push, private", WRITE_TOKEN, "push", [other, "tester/secret"], {"private": True}),
         ("pull, bad token", BAD_TOKEN, "pull", ["tester/student"], {}),
         ("pull, no repo", WRITE_TOKEN, "pull", [nothing], {}),
-        ("pull, no revision", WRITE_TOKEN, "pull", ["tester/student"], version),
+        ("pull, no revision", WRITE_TOKEN, "pull", ["tester/student"], {"revision": "v9"}),
         ("pull, private", "", "pull", ["tester/secret"], {}),
         ("pull, own private", READ_TOKEN, "pull", ["tester/secret"], {}),
         ("teacher, no repo", "", "load_teacher", [nothing], {}),
@@ -546,15 +546,18 @@ def session(tmp_path_factory):
             push=(writer, [HUB, "push", str(run), "tester/student"]),
         )
         pushed = dict(server.files("tester/student"))
+        commit = {"revision": server.repos["tester/student"].commits[-1].sha}
+        version = ("pull, by commit", "", "pull", ["tester/student"], commit)
         done |= run_together(
             consumer=(reader, consume("online.pt")),
             pull=(reader, [HUB, "pull", "tester/student", "--to", str(folder / "pulled")]),
-            calls=(server.environment(folder / "empty cache"), call(calls)),
+            calls=(server.environment(folder / "empty cache"), call([*calls, version])),
         )
         files = {repo: server.files(repo) for repo in server.repos}
     done |= run_together(
         inspect=(reader, [HUB, "inspect", str(licensed)]),  # not above: `calls` pushes this run, which rebuilds it
         offline=({**reader, "HF_HUB_OFFLINE": "1"}, consume("offline.pt")),
+        uncached=({**reader, "HF_HUB_OFFLINE": "1"}, call(down)),
         down=(server.environment(folder / "another empty cache"), call(down)),
     )
     yield argparse.Namespace(
@@ -563,7 +566,7 @@ def session(tmp_path_factory):
         backbone=backbone,
         pushed=pushed,
         files=files,
-        calls=len(calls),
+        calls=len(calls) + 1,
         requests=server.requests,
     )
     shutil.rmtree(folder)
@@ -639,6 +642,13 @@ def test_a_hub_that_is_down_is_one_line_with_the_remedy(session, verb):
     worked, message = said(session.done["down"])[verb]
     assert not worked and "\n" not in message
     assert message.startswith(f"{verb} tester/") and "check the connection" in message
+
+
+@pytest.mark.parametrize("verb", ["push", "pull"])
+def test_offline_mode_is_named_where_the_hub_is_needed(session, verb):
+    worked, message = said(session.done["uncached"])[verb]
+    assert not worked and "\n" not in message
+    assert message.startswith(f"{verb} tester/") and "HF_HUB_OFFLINE is set" in message
 
 
 def test_a_failed_upload_loses_no_run_and_names_the_command_to_retry(tmp_path, capsys):
