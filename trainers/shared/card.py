@@ -81,6 +81,7 @@ def write_card(folder: Path, run_dir: Path, checkpoint: Path, evaluations: Seque
         **({"started from": start} if (start := config.get("started_from")) else {}),
         "data": {"source": data_name, "licence": data.get("licence") or "as its owners say"},
     }
+    parts = {name: {"licence": "unknown", **part} for name, part in parts.items()}
     licence = inherited([p["licence"] for p in parts.values() if p["licence"] != "as its owners say"])
     figures = [
         (run.name if run in evaluations else method, figure, value)
