@@ -525,7 +525,7 @@ def _export(
         head: what the projection head makes of the features, or, where there is none, the classifier's logits
         normalise: images in [0, 1] as input, mean and standard deviation baked in; otherwise normalised before, as for timm
         image_size: side of the images, pixels; 0: config.json's
-        int8: 8-bit weights (onnx): a quarter of the size; slower convolutions, faster transformers
+        int8: 8-bit weights (onnx): a quarter of the size; what it prints says whether also faster
         data: for --int8: labelled images to measure kNN on, before and after; a run on the digits needs none
         subset: for --int8: how many images, or which share, of the training split make the gallery
         max_loss: for --int8: points of kNN accuracy that it may cost; no file if it costs more

@@ -6,6 +6,7 @@ is (`facts`), and it holds no path of this machine: the exporters write a stack 
 """
 
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -13,7 +14,8 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -61,13 +63,16 @@ def export(
 
     `head` adds its projection head. The file's input is normalised with the backbone's mean and standard deviation, or
     in [0, 1] with `normalise`. With `int8_data` (as --data; `subset` of its gallery) an ONNX file's weights are 8-bit
-    and its activations quantised as they come, if kNN on that data loses at most `max_loss` points. Raises SystemExit with one line and leaves no file: a missing package,
-    a network that the format cannot hold, features off by more than TOLERANCE, accuracy lost, a full disk.
+    and its activations quantised as they come, if kNN on that data loses at most `max_loss` points. Raises SystemExit
+    with one line and leaves no file: a missing package, a network that the format cannot hold, features off by more
+    than TOLERANCE, accuracy lost, a full disk.
     """
     if missing := [name for name in NEEDS.get(format, ()) if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"--format {format}: needs {', '.join(missing)}; pip install -e .[export]")
     if int8_data and format != "onnx":
         raise SystemExit(f"--int8: quantises ONNX files, not --format {format}; leave one of the two out")
+    if target.is_dir():
+        raise SystemExit(f"--to {target}: is a folder; name a file in it")
     images = _labelled_images(int8_data, subset) if int8_data else None
     own = network.backbone.input_side or side
     if side != own:
@@ -106,7 +111,7 @@ def export(
             figures |= {"ms torch": _latency(deployed, inputs), f"ms {format}": _latency(run, inputs)}
             if images:
                 os.replace(beside, whole)
-                _written(target, lambda file: _quantise(whole, file), beside)
+                _written(target, partial(_quantise, whole), beside)
                 figures |= _cost_of_int8(deployed, run, beside, images, side, inputs)
                 lost = figures["knn"] - figures["knn int8"]
                 if not lost <= max_loss:
@@ -114,10 +119,11 @@ def export(
                         f"{target}: not written: int8 loses {lost:.2f} points of kNN ({figures['knn']:.2f} -> "
                         f"{figures['knn int8']:.2f} %), more than --max-loss {max_loss:g}; export without --int8"
                     )
-        os.replace(beside, target)
+        _written(target, partial(os.replace, dst=target), beside)
     finally:
-        beside.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+        for file in (beside, whole):
+            with suppress(OSError):  # not there, or no place to be in
+                file.unlink()
     _say(target, format, facts, figures)
     return figures
 
@@ -147,29 +153,29 @@ def _program(deployed: Deployed, format: str, example: Tensor, facts: dict[str, 
             onnx.model.metadata_props.update(facts)
             return lambda file: onnx.save(file, external_data=False)
         if format == "torchscript":
-            traced = torch.jit.trace(deployed, example, check_trace=False)  # checked below, with other images
-            return lambda file: _save_torchscript(traced, file, facts)
+            traced = torch.jit.trace(deployed, example, check_trace=False)  # `export` checks, on other images
+            return lambda file: file.write_bytes(_torchscript_bytes(traced, facts))
         program = torch.export.export(deployed, (example,), dynamic_shapes=batch)
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
-        return lambda file: torch.export.save(program, file, extra_files={"facts.json": json.dumps(facts)})
+        content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, content, extra_files={"facts.json": json.dumps(facts)})
+        return lambda file: file.write_bytes(content.getvalue())
     except Exception as error:  # each exporter has exceptions of its own
         raise SystemExit(
             f"--format {format}: cannot hold {facts['architecture']} ({common.first_line(error)}); try another --format"
         ) from None
 
 
-def _save_torchscript(traced: torch.jit.ScriptModule, file: Path, facts: dict[str, str]) -> None:
+def _torchscript_bytes(traced: torch.jit.ScriptModule, facts: dict[str, str]) -> bytes:
     """Without the debug records, which name source files by their path."""
-    full = file.with_name(f"{file.name}.full")
-    try:
-        torch.jit.save(traced, str(full), _extra_files={"facts.json": json.dumps(facts)})
-        with zipfile.ZipFile(full) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as new:
-            for record in old.infolist():
-                if not record.filename.endswith(".debug_pkl"):
-                    new.writestr(record.filename, old.read(record))
-    finally:
-        full.unlink(missing_ok=True)
+    full, lean = io.BytesIO(), io.BytesIO()
+    torch.jit.save(traced, full, _extra_files={"facts.json": json.dumps(facts)})
+    with zipfile.ZipFile(full) as old, zipfile.ZipFile(lean, "w", zipfile.ZIP_STORED) as new:
+        for record in old.infolist():
+            if not record.filename.endswith(".debug_pkl"):
+                new.writestr(record.filename, old.read(record))
+    return lean.getvalue()
 
 
 def _quantise(whole: Path, file: Path) -> None:
