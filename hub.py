@@ -3,6 +3,7 @@
     python hub.py build runs/smd               # the run's student as a folder that timm loads, offline
     python hub.py push runs/smd org/name       # build and upload it
     python hub.py pull org/name                # its inverse
+    python hub.py export runs/smd              # one file for ONNX Runtime; --format torchscript or pt2, --int8
     python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
     python hub.py list [FOLDER]                # the official teachers that --teacher knows by name, and your runs
     python hub.py report RUN RUN ...           # one table over many runs and evaluations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import timm
@@ -31,8 +33,9 @@ from torch import Tensor, nn
 
 import common
 
-# Chapters that would make this file too long to read: the model card, the authors' own files, the run folder.
+# Chapters that would make this file too long to read: the model card, export, the authors' own files, the run folder.
 from trainers.shared.card import contradicts, is_ours, read_json, read_licence, set_licence, write_card
+from trainers.shared.export import SUFFIXES, export
 from trainers.shared.official import HOW_TO_GET_A_TEACHER, TEACHERS, download, open_foreign
 from trainers.shared.run import Run, checkpoints
 
@@ -45,12 +48,12 @@ class Teacher(nn.Module):
     """A frozen backbone in eval mode, (B, 3, H, W) in [0, 1] -> (B, num_features), and what is known about it.
 
     `head` maps features to the embedding of its pre-training, where the checkpoint holds one; `facts` has source,
-    architecture, format and licence.
+    architecture, format and licence; `config` is a release's config.json.
     """
 
-    def __init__(self, backbone: nn.Module, facts: dict, head: nn.Module | None = None):
+    def __init__(self, backbone: nn.Module, facts: dict, head: nn.Module | None = None, config: dict | None = None):
         super().__init__()
-        self.backbone, self.head, self.facts = backbone, head, facts
+        self.backbone, self.head, self.facts, self.config = backbone, head, facts, config or {}
         self.num_features = backbone.num_features
         self.eval().requires_grad_(False)
 
@@ -156,7 +159,7 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     facts = {**facts, "architecture": architecture, "format": "release", "licence": licence}
     file = folder / "head.safetensors"
     head = _build_head(_read_tensors(file), "head", backbone.num_features, str(file)) if file.exists() else None
-    return Teacher(backbone, facts, head)
+    return Teacher(backbone, facts, head, config)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -367,7 +370,7 @@ def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | N
     """
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "model.safetensors", "head.safetensors", "README.md", "training.png", "model.onnx"]
+    files = ["config.json", "model.safetensors", "head.safetensors", "README.md", "training.png", "*.onnx"]
     try:
         folder = _patiently(
             lambda: Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
@@ -495,6 +498,53 @@ def _inspect(spec: str, /) -> None:
     print(f"{'head':>12}  {'none' if teacher.head is None else str(teacher.head).replace(chr(10), ' ')}")
 
 
+def _export(
+    spec: str,
+    /,
+    format: Literal["onnx", "torchscript", "pt2"] = "onnx",
+    to: Path | None = None,
+    head: bool = False,
+    normalise: bool = False,
+    image_size: int = 0,
+    int8: bool = False,
+    data: str = "",
+    subset: str = "",
+    max_loss: float = 1.0,
+) -> None:
+    """Write a network as one file that runs without this repository, after comparing it with torch.
+
+    Args:
+        spec: as for --teacher; a folder gets the file beside its release
+        format: ONNX (pip install -e .[export]), traced TorchScript, or torch.export's .pt2
+        to: file to write instead of the release's model.onnx, model_head.onnx, model_int8.onnx, model.ts, model.pt2
+        head: what the projection head makes of the features, or, where there is none, the classifier's logits
+        normalise: images in [0, 1] as input, mean and standard deviation baked in; otherwise normalised before, as for timm
+        image_size: side of the images, pixels; 0: config.json's
+        int8: 8-bit weights (onnx): a quarter of the size; what it prints says whether also faster
+        data: for --int8: labelled images to measure kNN on, before and after; a run on the digits needs none
+        subset: for --int8: how many images, or which share, of the training split make the gallery
+        max_loss: for --int8: points of kNN accuracy that it may cost; no file if it costs more
+    """
+    network, folder = load_teacher(spec, flag="export"), Path(spec).expanduser()
+    name = f"model{'_head' if head else ''}{'_int8' if int8 else ''}{SUFFIXES[format]}"
+    if head and network.head is None:
+        published = network.backbone.pretrained_cfg["num_classes"] if spec.startswith("timm/") else 0
+        if not (classes := network.config.get("num_classes") or published):
+            raise SystemExit(f"--head: {spec} holds neither a projection head nor a classifier; leave it out")
+        network, head = load_teacher(spec, num_classes=classes, flag="export"), False
+    release = folder if (folder / "config.json").exists() else folder / "release"
+    if int8 and not data and (data := read_json(release.parent / "args.json").get("data")) != "digits":
+        raise SystemExit("--data is missing: labelled images, to measure what --int8 costs")
+    if to is None and not folder.is_dir():
+        raise SystemExit(f"--to FILE is missing: {spec} is no folder to write beside")
+    if to is None and not release.exists():
+        build_release(folder)
+    side = image_size or network.backbone.input_side
+    side = side or (network.config.get("pretrained_cfg") or network.backbone.pretrained_cfg)["input_size"][-1]
+    knn = {"int8_data": data if int8 else "", "subset": subset, "max_loss": max_loss}
+    export(network, to or release / name, format, side=side, head=head, normalise=normalise, **knn)
+
+
 def report(runs: Sequence[Path]) -> str:
     """One Markdown table over many runs' results.json: a row a figure, a column a checkpoint. Percentages as they are.
 
@@ -558,6 +608,6 @@ def _list(folder: Path = Path("runs"), /) -> None:
 if __name__ == "__main__":
     sys.modules.setdefault("hub", sys.modules["__main__"])
     app = tyro.extras.SubcommandApp()
-    for function in (_build, _push, _pull, _inspect, _list, _report):
+    for function in (_build, _push, _pull, _export, _inspect, _list, _report):
         app.command(function, name=function.__name__[1:])
     app.cli(description="Releases, teachers and the Hugging Face Hub.")

@@ -132,7 +132,9 @@ features = model.eval()(x)  # (B, {config["num_features"]})
 ```
 
 With cleandistill, to distil from it or to evaluate it: `--teacher ORG/NAME`, `--checkpoint ORG/NAME`; the files alone:
-`hub.pull("ORG/NAME")`. As ONNX, TorchScript or a torch.export file: `python hub.py export ORG/NAME --format onnx`.
+`hub.pull("ORG/NAME")`. For ONNX Runtime, TorchScript or torch.export:
+`python hub.py export ORG/NAME --to model.onnx`
+(`--format torchscript`, `pt2`).
 
 ## Licence chain
 
