@@ -141,20 +141,42 @@ def test_knn_accuracy_equals_scikit_learn(metric, vote):
     assert len(set(ours.values())) >= 4 and max(ours.values()) - min(ours.values()) > 10  # k matters on these data
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+def test_tied_votes_go_where_scikit_learn_sends_them(metric, vote):
+    """Every image is there twice under two labels, so that every vote of the two nearest is a tie, exact in binary."""
+    steps = torch.arange(16)
+    points = torch.where(steps <= steps[:, None], 1.0, -1.0).double()  # cosines 1 - |i - j| / 8, norms of 4
+    labels = torch.stack([torch.randperm(5, generator=torch.Generator().manual_seed(i))[:2] for i in range(16)])
+    gallery, targets = points.repeat_interleave(2, 0), labels.min(1).values
+    similarity = {"cosine": 1 / 8, "euclidean": 4.0}[metric]  # of one step, so that weights are exp(-steps)
+
+    def weights(distance):
+        return np.exp(-(distance if metric == "cosine" else distance**2) / similarity)
+
+    ks, options = (2, 6), {"vote": vote, "metric": metric, "temperature": similarity}
+    ours = common.knn_accuracy(gallery, labels.flatten(), points, targets, ks, **options)
+    for k in ks:  # 6: the image's own two and those of both neighbours, at the ends of the next two
+        model = KNeighborsClassifier(k, weights=weights if vote == "weighted" else "uniform", metric=metric)
+        assert ours[k] == 100 * model.fit(gallery, labels.flatten()).score(points, targets)
+    assert ours[2] == 100 > ours[6] > 0
+
+
 def test_knn_accuracy_is_the_same_in_any_chunks_of_queries():
     data = clusters(500, 101)
     whole = common.knn_accuracy(*data, (1, 20), chunk=1000)
     assert common.knn_accuracy(*data, (1, 20), chunk=7) == whole
 
 
-def test_knn_accuracy_finds_neighbours_in_every_part_of_a_long_gallery():
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_knn_accuracy_finds_neighbours_in_every_part_of_a_long_gallery(metric):
     gallery, labels, queries, targets = clusters(120_000, 40, dim=3)
-    ours = common.knn_accuracy(gallery, labels, queries, targets, (1, 51), vote="majority", metric="euclidean")
-    theirs = [KNeighborsClassifier(k).fit(gallery, labels).score(queries, targets) for k in (1, 51)]
+    ours = common.knn_accuracy(gallery, labels, queries, targets, (1, 51), vote="majority", metric=metric)
+    theirs = [KNeighborsClassifier(k, metric=metric).fit(gallery, labels).score(queries, targets) for k in (1, 51)]
     assert list(ours.values()) == pytest.approx([100 * t for t in theirs])
     last = queries[:1] + 1e-6  # the only neighbour that counts is the very last image
     gallery[-1], labels[-1] = last, 6
-    assert common.knn_accuracy(gallery, labels, queries[:1], torch.tensor([6]), 1, metric="euclidean") == 100
+    assert common.knn_accuracy(gallery, labels, queries[:1], torch.tensor([6]), 1, metric=metric) == 100
 
 
 @pytest.mark.parametrize("vote", ["weighted", "majority"])
@@ -212,21 +234,44 @@ def test_labels_of_two_splits_agree_where_one_lacks_a_class(folder):
 # --- the linear probe ---
 
 
-def test_the_probe_reaches_the_accuracy_of_logistic_regression(tiny, folder, tmp_path):
-    decay = 1e-2
-    flags = {"subset": "", "optimizer": "sgd", "batch_size": 800, "weight_decay": decay, "lr_per_epoch": False}
-    flags |= {"data": str(folder), "base_lrs": (0.1, 0.3), "total_steps": 600, "log_every": 100, "save_every": 600}
-    figures = eval_linear.main(linear_args(tiny, tmp_path, **flags))
+def probe_and_logistic_regression(checkpoint, data: str, run_dir: Path, rate: float, **flags) -> tuple[dict, float]:
+    """The probe's figures, and LBFGS' accuracy on the same features: full batches, so one strictly convex problem."""
+    images = common.open_source(data, subset=flags.get("subset", ""))
+    train, val = common.labelled_pair("x", images, common.open_source(data, "eval"))
+    base_lr = rate * 256 / len(train)
+    defaults = {
+        "subset": "",
+        "optimizer": "sgd",
+        "batch_size": len(train),
+        "weight_decay": 1e-2,
+        "lr_per_epoch": False,
+    }
+    defaults |= {"base_lrs": (IDLE, base_lr), "total_steps": 600, "log_every": 100, "save_every": 600}
+    figures = eval_linear.main(linear_args(checkpoint, run_dir, data=data, **(defaults | flags)))
 
-    train, val = common.labelled_pair("x", common.open_source(str(folder)), common.open_source(str(folder), "eval"))
-    network, recipe, accelerator = hub.load_teacher(tiny), common.eval_recipe(32), Accelerator(cpu=True)
+    network, recipe, accelerator = hub.load_teacher(checkpoint), common.eval_recipe(32), Accelerator(cpu=True)
     x, y = (common.extract_features(network, s, recipe, 32, accelerator).double() for s in (train, val))
     x, y = (torch.cat([f, torch.ones(len(f), 1)], 1) for f in (x, y))  # our L2 penalty is on the bias as well
-    exact = LogisticRegression(C=1 / (len(x) * decay), max_iter=20_000, tol=1e-10, fit_intercept=False)
-    expected = 100 * exact.fit(x, train.labels).score(y, val.labels)
-    assert abs(figures["top1"] - expected) <= 0.5
+    exact = LogisticRegression(C=1 / (len(x) * 1e-2), max_iter=20_000, tol=1e-10, fit_intercept=False)
+    return figures, 100 * exact.fit(x, train.labels).score(y, val.labels)
+
+
+IDLE = 1e-4  # a learning rate that gets nowhere, beside the one that counts
+
+
+def test_the_probe_reaches_the_accuracy_of_logistic_regression(tiny, folder, tmp_path):
+    figures, expected = probe_and_logistic_regression(tiny, str(folder), tmp_path, 0.3)
+    assert abs(figures["top1"] - expected) <= 0.5 < expected - figures[f"top1_lr{IDLE:g}"]
     assert 60 < expected < 95  # neither chance nor trivial
     assert figures["top1"] < figures["top5"] == 100  # four classes: top-5 is top-4
+
+
+@pytest.mark.data
+def test_the_probe_reaches_the_accuracy_of_logistic_regression_on_photographs(tiny, real_images, tmp_path):
+    figures, expected = probe_and_logistic_regression(tiny, str(real_images / "cifar10"), tmp_path, 0.1, subset="3000")
+    assert abs(figures["top1"] - expected) <= 0.5 < expected - figures[f"top1_lr{IDLE:g}"]
+    assert expected > 20  # a random network's features, ten classes
+    assert figures["top1"] < figures["top5"] < 100
 
 
 @pytest.mark.parametrize(("optimizer", "augmentation"), [("lars", "linear"), ("sgd", "none")])
@@ -395,15 +440,23 @@ def test_the_tiny_config_runs_and_records_what_it_did(trainer, tiny, tmp_path, c
     assert (tmp_path / "run" / f"{name}.py").exists() and (tmp_path / "run" / "environment.json").exists()
 
 
-def test_knn_of_the_trainer_is_knn_of_its_features(tiny, folder, tmp_path):
-    flags = {"data": str(folder), "subset": "", "k": (1, 5), "metric": "euclidean", "pixel_baseline": True}
-    figures = eval_knn.main(knn_args(tiny, tmp_path, vote="majority", eval_batch_size=64, **flags))
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+def test_knn_of_the_trainer_is_knn_of_its_features(tiny, folder, tmp_path, metric, vote):
+    temperature = {"cosine": 0.07, "euclidean": 3.0}[metric]
+    flags = {"data": str(folder), "subset": "", "k": (1, 5), "metric": metric, "vote": vote, "pixel_baseline": True}
+    figures = eval_knn.main(knn_args(tiny, tmp_path, vote_temperature=(temperature,), eval_batch_size=64, **flags))
+
+    def weights(distance):
+        return np.exp(-(distance if metric == "cosine" else distance**2) / temperature)
+
     train, val = common.labelled_pair("x", common.open_source(str(folder)), common.open_source(str(folder), "eval"))
     network, recipe, accelerator = hub.load_teacher(tiny), common.eval_recipe(32), Accelerator(cpu=True)
     for name, function in (("backbone", network), ("raw pixels", lambda x: x.flatten(1))):
         x, y = (common.extract_features(function, s, recipe, 32, accelerator) for s in (train, val))
         for k in (1, 5):
-            expected = 100 * KNeighborsClassifier(k).fit(x, train.labels).score(y, val.labels)
+            model = KNeighborsClassifier(k, weights=weights if vote == "weighted" else "uniform", metric=metric)
+            expected = 100 * model.fit(x.double(), train.labels).score(y.double(), val.labels)
             assert figures[f"{name} k={k}"] == pytest.approx(expected, abs=0.2)  # one image: float32 distances
             assert expected > 40
 
