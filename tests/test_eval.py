@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -389,6 +390,95 @@ def test_shifted_features_lose_the_gallerys_mean():
     torch.testing.assert_close(g.norm(dim=1), torch.ones(50))
 
 
+# --- galleries that do not fit in memory ---
+
+
+def rows_of(tmp_path: Path, gallery: torch.Tensor) -> common.StoredFeatures:
+    run = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    rows = eval_knn.new_rows(tmp_path / "rows", {"checkpoint": "x"}, {"gallery": len(gallery)}, gallery.shape[1], run)
+    for at in torch.arange(len(gallery)).split(300):
+        rows["gallery"][at] = gallery[at]
+    return rows["gallery"]
+
+
+@pytest.mark.parametrize("space", ["raw", "unit", "shifted"])
+def test_a_gallery_in_a_file_gives_what_it_gives_in_memory(space, tmp_path):
+    gallery, labels, queries, targets = clusters(25_000, 40)
+    gallery, queries = gallery.float(), queries.float()
+    stored = rows_of(tmp_path, gallery)
+    assert torch.equal(stored[:], gallery) and torch.equal(stored[24_990:30_000], gallery[24_990:])
+    figures = []
+    for g in (gallery, stored):
+        g, q = eval_knn.in_space(g, queries, space)
+        figures.append(common.knn_accuracy(g, labels, q, targets, (1, 20, 100), metric="euclidean", vote="majority"))
+    assert figures[0] == figures[1] and len(set(figures[0].values())) > 1
+    assert torch.equal(hub.safetensors.torch.load_file(tmp_path / "rows")["gallery"], gallery)
+
+
+@pytest.mark.parametrize("file", [None, "kept.safetensors"])
+def test_a_large_gallery_waits_on_disk(tiny, tmp_path, monkeypatch, file):
+    flags = {"pixel_baseline": True, "metric": "euclidean", "space": "shifted"}
+    in_memory = eval_knn.main(knn_args(tiny, tmp_path / "memory", **flags))
+    monkeypatch.setattr(eval_knn, "IN_MEMORY", 0)
+    used, original = [], common.knn_accuracy
+    monkeypatch.setattr(common, "knn_accuracy", lambda g, *a, **o: used.append(type(g)) or original(g, *a, **o))
+    kept = tmp_path / file if file else None
+    assert eval_knn.main(knn_args(tiny, tmp_path / "disk", feature_file=kept, **flags)) == in_memory
+    assert used == 2 * [common.StoredFeatures]
+    left = {path.name for path in (tmp_path / "disk").rglob("*") if path.name.endswith("safetensors")}
+    assert left == set() and (kept is None or kept.exists())
+
+
+ADDED_MEMORY = """
+import resource, sys, types
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+import common
+from trainers import eval_knn
+torch.set_num_threads(1)
+accelerator, recipe = Accelerator(cpu=True), common.eval_recipe(32)
+gallery, queries = common.open_source("digits"), common.open_source("digits", "eval").take(range(32))
+wide = lambda x: x.flatten(1).repeat(1, 5)
+features = lambda source, into: common.extract_features(wide, source, recipe, 32, accelerator, batch_size=64, into=into)
+run = types.SimpleNamespace(accelerator=accelerator)
+def in_file(count, width):
+    return eval_knn.new_rows(Path(sys.argv[2]), {}, {"gallery": count}, width, run)["gallery"]
+with torch.inference_mode():
+    q = features(queries, torch.zeros)
+    common.knn_accuracy(q, queries.labels, q, queries.labels)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    g = features(gallery, in_file if sys.argv[1] == "file" else torch.zeros)
+    print(common.knn_accuracy(g, gallery.labels, q, queries.labels))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 4 * len(g) * g.shape[1] / 2**20)
+"""
+
+
+def test_a_gallery_on_disk_takes_a_bounded_amount_of_memory(tmp_path):
+    """Peak of a process of its own, over features of 337 MiB made and searched: a few slices, not the gallery."""
+    added, figures = {}, {}
+    for where in ("file", "memory"):
+        command = [sys.executable, "-c", ADDED_MEMORY, where, str(tmp_path / "rows")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        figures[where], last = done.stdout.splitlines()[-2:]
+        added[where], gallery = map(float, last.split())
+    assert gallery > 330 and figures["file"] == figures["memory"]
+    assert added["file"] < 100 < 250 < added["memory"], added  # on top of an earlier peak
+
+
+def test_a_full_disk_gets_one_line(tmp_path):
+    rows = common.StoredFeatures(open("/dev/full", "r+b", buffering=0), 0, (9, 4))
+    with pytest.raises(SystemExit, match="/dev/full: not written .No space left on device.; choose another place"):
+        rows[torch.arange(3)] = torch.ones(3, 4)
+
+
+def test_a_feature_file_in_a_place_that_cannot_be_written_gets_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = stop_message(eval_knn.main, knn_args(tiny, tmp_path / "1", feature_file=tmp_path / "file" / "x"))
+    assert "--feature-file" in message and "choose another" in message
+
+
 # --- from flags to files ---
 
 
@@ -553,11 +643,15 @@ checkpoint, folder = sys.argv[1:]
 for name, trainer in (("eval_knn", eval_knn), ("eval_linear", eval_linear)):
     flags = ["--config", f"configs/{name}/tiny.toml", "--checkpoint", checkpoint, "--run-dir", f"{folder}/{name}"]
     trainer.main(common.parse_args(trainer.Args, flags))
+eval_knn.IN_MEMORY = 0
+flags = ["--config", "configs/eval_knn/tiny.toml", "--checkpoint", checkpoint, "--run-dir", f"{folder}/on_disk"]
+eval_knn.main(common.parse_args(eval_knn.Args, flags))
 """
 
 
 def test_two_processes_get_what_one_gets(tiny, tmp_path, monkeypatch):
     (tmp_path / "both.py").write_text(BOTH_TRAINERS)
+    monkeypatch.setattr(eval_knn, "IN_MEMORY", eval_knn.IN_MEMORY)  # which the script changes
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["both.py", str(tiny), str(tmp_path / "1")])
     runpy.run_path(str(tmp_path / "both.py"))
@@ -566,6 +660,9 @@ def test_two_processes_get_what_one_gets(tiny, tmp_path, monkeypatch):
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / "2" / n / "results.json").read_text()) for n in ("eval_knn", "on_disk")]
+    in_memory, on_disk = ({k: v for k, v in r.items() if "k=" in k} for r in results)
+    assert in_memory == on_disk and len(on_disk) == 4
     for name in ("eval_knn", "eval_linear"):
         runs = [tmp_path / number / name for number in ("1", "2")]
         facts = [json.loads((run / "environment.json").read_text())["num_processes"] for run in runs]
