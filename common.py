@@ -737,8 +737,6 @@ def _nearest(
     gallery: Tensor | StoredFeatures, queries: Tensor, k: int, metric: str, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The k greatest similarities of every query and where in the gallery they are, both (M, k), best first."""
-    if metric == "cosine":
-        queries = F.normalize(queries, dim=1)
     best = queries.new_full((len(queries), k), -torch.inf)
     neighbour = torch.zeros_like(best, dtype=torch.long)
     block = min(10_000, max(1, 2**23 // queries.shape[1]))
@@ -749,7 +747,7 @@ def _nearest(
         part = F.normalize(part, dim=1) if metric == "cosine" else part
         for at in range(0, len(queries), chunk):
             rows = slice(at, at + chunk)
-            query = queries[rows]
+            query = F.normalize(queries[rows], dim=1) if metric == "cosine" else queries[rows]
             score = torch.mm(query, part.T, out=scores[: len(query), : len(part)])
             if metric == "euclidean":
                 score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))

@@ -255,10 +255,11 @@ def main(args: Args) -> dict[str, float]:
         file = None if function is raw_pixels else args.feature_file
         g, q = features_of(counts, file, scratch, whose, run, extract)
         g, q = in_space(g if isinstance(g, common.StoredFeatures) else g.to(device), q.to(device), args.space)
+        mine = q.tensor_split(world)[rank]  # a view, where q[share] would be a copy
         for temperature in temperatures:
             label = name if len(temperatures) == 1 else f"{name} T={temperature:g}"
             accuracy = common.knn_accuracy(
-                g, gallery.labels, q[share], queries.labels[share], ks, temperature=temperature, **voting
+                g, gallery.labels, mine, queries.labels[share], ks, temperature=temperature, **voting
             )
             hits = torch.tensor([accuracy[k] * len(share) for k in ks], device=device)
             hits = accelerator.reduce(hits, "sum") if world > 1 else hits

@@ -4,7 +4,11 @@
 
 Ours (`common.knn_accuracy`, chunks) against scikit-learn's brute force and the way that small repositories write it (one
 matrix of all similarities, then topk), alternating in one run. Peak memory is that of a process of its own for each:
-what it adds to its inputs, and for ours with the gallery in a file also the whole process, packages included.
+what it adds to its inputs, and in all, packages included. Scikit-learn votes by majority and so do ours beside it.
+
+Two AMD EPYC cores that ran other work, `--threads 1 --rounds 1`, so CPU seconds: ours 7.0 (cosine) and 7.3 (Euclidean),
+scikit-learn 26.2 and 12.8, one matrix 7.3, the products alone 6.1; peak above the inputs 103 MiB, scikit-learn's cosine
+1541 MiB. 1,281,167 features (2502 MiB) in a file, 200 queries: 67 MiB above the inputs, 963 MiB in all.
 """
 
 import argparse
