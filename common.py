@@ -550,8 +550,12 @@ def extract_features(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
-) -> Tensor:
-    """(N, D) float32 CPU features of a source's images in order, the same on every process; each computes its share."""
+    into: Callable[[int, int], "Tensor | StoredFeatures"] = torch.zeros,
+) -> "Tensor | StoredFeatures":
+    """(N, D) float32 CPU features of a source's images in order, the same on every process; each computes its share.
+
+    `into` makes the place for them, called with N and D: memory, or the rows of a file that all processes can write.
+    """
     features, world = None, accelerator.num_processes
     training = isinstance(model, nn.Module) and model.training
     if training:
@@ -563,14 +567,56 @@ def extract_features(
         with accelerator.autocast():
             y = model(x).float().cpu()
         if features is None:
-            features = y.new_zeros(len(source), y.shape[1])
+            features = into(len(source), y.shape[1])
         features[indices] = y
     if training:
         model.train()
-    if world > 1:
+    if isinstance(features, StoredFeatures):
+        accelerator.wait_for_everyone()
+    elif world > 1:
         for part in features.split(65536):
             part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
     return features
+
+
+class StoredFeatures:
+    """(N, D) float32 rows of an open, unbuffered file from byte `start` on, read and written in slices.
+
+    No more of them is in memory than a caller holds. `change` is applied to every slice that is read.
+    """
+
+    def __init__(self, file: io.RawIOBase, start: int, shape: Sequence[int], change: Callable | None = None):
+        self.file, self.start, self.shape, self.change = file, start, tuple(shape), change
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, last, _ = rows.indices(len(self))
+        values = torch.empty(last - first, self.shape[1], dtype=torch.float32)
+        left = self._at(first, values)
+        while left:  # one call moves 2 GiB at most
+            read = self.file.readinto(left)
+            if not read:
+                raise SystemExit(f"{self.file.name}: cut short; delete it")
+            left = left[read:]
+        return values if self.change is None else self.change(values)
+
+    def __setitem__(self, rows: Tensor, values: Tensor) -> None:
+        """`rows` are consecutive. Raises SystemExit where the disk is full."""
+        left = self._at(int(rows[0]), values.contiguous())
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            raise SystemExit(f"{self.file.name}: not written ({error.strerror}); choose another place") from None
+
+    def _at(self, row: int, values: Tensor) -> memoryview:
+        self.file.seek(self.start + 4 * self.shape[1] * row)
+        return memoryview(values.numpy()).cast("B")
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "StoredFeatures":
+        return StoredFeatures(self.file, self.start, self.shape, change)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -652,7 +698,7 @@ def knn_table(
 
 @torch.no_grad()
 def knn_accuracy(
-    gallery: Tensor,
+    gallery: Tensor | StoredFeatures,
     gallery_labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
@@ -668,7 +714,7 @@ def knn_accuracy(
     gallery (N, D), queries (M, D), labels (N,) and (M,). "weighted" votes with exp(similarity / temperature) (Wu et al.
     2018, arXiv:1805.01978, Sec. 3.4), similarity being the cosine or minus the squared distance; "majority" counts
     each neighbour once. Equal votes go to the smallest label. Exact; memory is bounded by `chunk` x 10,000 scores
-    whatever the gallery. Raises ValueError for a k above N.
+    and 32 MiB of features at a time, whatever the gallery. Raises ValueError for a k above N.
     """
     ks = [k] if isinstance(k, int) else list(k)
     if max(ks) > len(gallery):
@@ -687,20 +733,21 @@ def knn_accuracy(
     return accuracy[k] if isinstance(k, int) else accuracy
 
 
-def _nearest(gallery: Tensor, queries: Tensor, k: int, metric: str, chunk: int, block=10_000) -> tuple[Tensor, Tensor]:
+def _nearest(
+    gallery: Tensor | StoredFeatures, queries: Tensor, k: int, metric: str, chunk: int
+) -> tuple[Tensor, Tensor]:
     """The k greatest similarities of every query and where in the gallery they are, both (M, k), best first."""
-    if metric == "cosine":
-        queries = F.normalize(queries, dim=1)
     best = queries.new_full((len(queries), k), -torch.inf)
     neighbour = torch.zeros_like(best, dtype=torch.long)
+    block = min(10_000, max(1, 2**23 // queries.shape[1]))
     # one buffer for all products: new memory each time costs a third
     scores = queries.new_empty(min(chunk, len(queries)), min(block, len(gallery)))
     for start in range(0, len(gallery), block):
-        part = gallery[start : start + block]
+        part = gallery[start : start + block].to(queries.device)
         part = F.normalize(part, dim=1) if metric == "cosine" else part
         for at in range(0, len(queries), chunk):
             rows = slice(at, at + chunk)
-            query = queries[rows]
+            query = F.normalize(queries[rows], dim=1) if metric == "cosine" else queries[rows]
             score = torch.mm(query, part.T, out=scores[: len(query), : len(part)])
             if metric == "euclidean":
                 score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))

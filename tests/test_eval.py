@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,20 +142,42 @@ def test_knn_accuracy_equals_scikit_learn(metric, vote):
     assert len(set(ours.values())) >= 4 and max(ours.values()) - min(ours.values()) > 10  # k matters on these data
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+def test_tied_votes_go_where_scikit_learn_sends_them(metric, vote):
+    """Every image is there twice under two labels, so that every vote of the two nearest is a tie, exact in binary."""
+    steps = torch.arange(16)
+    points = torch.where(steps <= steps[:, None], 1.0, -1.0).double()  # cosines 1 - |i - j| / 8, norms of 4
+    labels = torch.stack([torch.randperm(5, generator=torch.Generator().manual_seed(i))[:2] for i in range(16)])
+    gallery, targets = points.repeat_interleave(2, 0), labels.min(1).values
+    similarity = {"cosine": 1 / 8, "euclidean": 4.0}[metric]  # of one step, so that weights are exp(-steps)
+
+    def weights(distance):
+        return np.exp(-(distance if metric == "cosine" else distance**2) / similarity)
+
+    ks, options = (2, 6), {"vote": vote, "metric": metric, "temperature": similarity}
+    ours = common.knn_accuracy(gallery, labels.flatten(), points, targets, ks, **options)
+    for k in ks:  # 6: the image's own two and those of both neighbours, at the ends of the next two
+        model = KNeighborsClassifier(k, weights=weights if vote == "weighted" else "uniform", metric=metric)
+        assert ours[k] == 100 * model.fit(gallery, labels.flatten()).score(points, targets)
+    assert ours[2] == 100 > ours[6] > 0
+
+
 def test_knn_accuracy_is_the_same_in_any_chunks_of_queries():
     data = clusters(500, 101)
     whole = common.knn_accuracy(*data, (1, 20), chunk=1000)
     assert common.knn_accuracy(*data, (1, 20), chunk=7) == whole
 
 
-def test_knn_accuracy_finds_neighbours_in_every_part_of_a_long_gallery():
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_knn_accuracy_finds_neighbours_in_every_part_of_a_long_gallery(metric):
     gallery, labels, queries, targets = clusters(120_000, 40, dim=3)
-    ours = common.knn_accuracy(gallery, labels, queries, targets, (1, 51), vote="majority", metric="euclidean")
-    theirs = [KNeighborsClassifier(k).fit(gallery, labels).score(queries, targets) for k in (1, 51)]
+    ours = common.knn_accuracy(gallery, labels, queries, targets, (1, 51), vote="majority", metric=metric)
+    theirs = [KNeighborsClassifier(k, metric=metric).fit(gallery, labels).score(queries, targets) for k in (1, 51)]
     assert list(ours.values()) == pytest.approx([100 * t for t in theirs])
     last = queries[:1] + 1e-6  # the only neighbour that counts is the very last image
     gallery[-1], labels[-1] = last, 6
-    assert common.knn_accuracy(gallery, labels, queries[:1], torch.tensor([6]), 1, metric="euclidean") == 100
+    assert common.knn_accuracy(gallery, labels, queries[:1], torch.tensor([6]), 1, metric=metric) == 100
 
 
 @pytest.mark.parametrize("vote", ["weighted", "majority"])
@@ -212,21 +235,44 @@ def test_labels_of_two_splits_agree_where_one_lacks_a_class(folder):
 # --- the linear probe ---
 
 
-def test_the_probe_reaches_the_accuracy_of_logistic_regression(tiny, folder, tmp_path):
-    decay = 1e-2
-    flags = {"subset": "", "optimizer": "sgd", "batch_size": 800, "weight_decay": decay, "lr_per_epoch": False}
-    flags |= {"data": str(folder), "base_lrs": (0.1, 0.3), "total_steps": 600, "log_every": 100, "save_every": 600}
-    figures = eval_linear.main(linear_args(tiny, tmp_path, **flags))
+def probe_and_logistic_regression(checkpoint, data: str, run_dir: Path, rate: float, **flags) -> tuple[dict, float]:
+    """The probe's figures, and LBFGS' accuracy on the same features: full batches, so one strictly convex problem."""
+    images = common.open_source(data, subset=flags.get("subset", ""))
+    train, val = common.labelled_pair("x", images, common.open_source(data, "eval"))
+    base_lr = rate * 256 / len(train)
+    defaults = {
+        "subset": "",
+        "optimizer": "sgd",
+        "batch_size": len(train),
+        "weight_decay": 1e-2,
+        "lr_per_epoch": False,
+    }
+    defaults |= {"base_lrs": (IDLE, base_lr), "total_steps": 600, "log_every": 100, "save_every": 600}
+    figures = eval_linear.main(linear_args(checkpoint, run_dir, data=data, **(defaults | flags)))
 
-    train, val = common.labelled_pair("x", common.open_source(str(folder)), common.open_source(str(folder), "eval"))
-    network, recipe, accelerator = hub.load_teacher(tiny), common.eval_recipe(32), Accelerator(cpu=True)
+    network, recipe, accelerator = hub.load_teacher(checkpoint), common.eval_recipe(32), Accelerator(cpu=True)
     x, y = (common.extract_features(network, s, recipe, 32, accelerator).double() for s in (train, val))
     x, y = (torch.cat([f, torch.ones(len(f), 1)], 1) for f in (x, y))  # our L2 penalty is on the bias as well
-    exact = LogisticRegression(C=1 / (len(x) * decay), max_iter=20_000, tol=1e-10, fit_intercept=False)
-    expected = 100 * exact.fit(x, train.labels).score(y, val.labels)
-    assert abs(figures["top1"] - expected) <= 0.5
+    exact = LogisticRegression(C=1 / (len(x) * 1e-2), max_iter=20_000, tol=1e-10, fit_intercept=False)
+    return figures, 100 * exact.fit(x, train.labels).score(y, val.labels)
+
+
+IDLE = 1e-4  # a learning rate that gets nowhere, beside the one that counts
+
+
+def test_the_probe_reaches_the_accuracy_of_logistic_regression(tiny, folder, tmp_path):
+    figures, expected = probe_and_logistic_regression(tiny, str(folder), tmp_path, 0.3)
+    assert abs(figures["top1"] - expected) <= 0.5 < expected - figures[f"top1_lr{IDLE:g}"]
     assert 60 < expected < 95  # neither chance nor trivial
     assert figures["top1"] < figures["top5"] == 100  # four classes: top-5 is top-4
+
+
+@pytest.mark.data
+def test_the_probe_reaches_the_accuracy_of_logistic_regression_on_photographs(tiny, real_images, tmp_path):
+    figures, expected = probe_and_logistic_regression(tiny, str(real_images / "cifar10"), tmp_path, 0.1, subset="3000")
+    assert abs(figures["top1"] - expected) <= 0.5 < expected - figures[f"top1_lr{IDLE:g}"]
+    assert expected > 20  # a random network's features, ten classes
+    assert figures["top1"] < figures["top5"] < 100
 
 
 @pytest.mark.parametrize(("optimizer", "augmentation"), [("lars", "linear"), ("sgd", "none")])
@@ -344,6 +390,95 @@ def test_shifted_features_lose_the_gallerys_mean():
     torch.testing.assert_close(g.norm(dim=1), torch.ones(50))
 
 
+# --- galleries that do not fit in memory ---
+
+
+def rows_of(tmp_path: Path, gallery: torch.Tensor) -> common.StoredFeatures:
+    run = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    rows = eval_knn.new_rows(tmp_path / "rows", {"checkpoint": "x"}, {"gallery": len(gallery)}, gallery.shape[1], run)
+    for at in torch.arange(len(gallery)).split(300):
+        rows["gallery"][at] = gallery[at]
+    return rows["gallery"]
+
+
+@pytest.mark.parametrize("space", ["raw", "unit", "shifted"])
+def test_a_gallery_in_a_file_gives_what_it_gives_in_memory(space, tmp_path):
+    gallery, labels, queries, targets = clusters(25_000, 40)
+    gallery, queries = gallery.float(), queries.float()
+    stored = rows_of(tmp_path, gallery)
+    assert torch.equal(stored[:], gallery) and torch.equal(stored[24_990:30_000], gallery[24_990:])
+    figures = []
+    for g in (gallery, stored):
+        g, q = eval_knn.in_space(g, queries, space)
+        figures.append(common.knn_accuracy(g, labels, q, targets, (1, 20, 100), metric="euclidean", vote="majority"))
+    assert figures[0] == figures[1] and len(set(figures[0].values())) > 1
+    assert torch.equal(hub.safetensors.torch.load_file(tmp_path / "rows")["gallery"], gallery)
+
+
+@pytest.mark.parametrize("file", [None, "kept.safetensors"])
+def test_a_large_gallery_waits_on_disk(tiny, tmp_path, monkeypatch, file):
+    flags = {"pixel_baseline": True, "metric": "euclidean", "space": "shifted"}
+    in_memory = eval_knn.main(knn_args(tiny, tmp_path / "memory", **flags))
+    monkeypatch.setattr(eval_knn, "IN_MEMORY", 0)
+    used, original = [], common.knn_accuracy
+    monkeypatch.setattr(common, "knn_accuracy", lambda g, *a, **o: used.append(type(g)) or original(g, *a, **o))
+    kept = tmp_path / file if file else None
+    assert eval_knn.main(knn_args(tiny, tmp_path / "disk", feature_file=kept, **flags)) == in_memory
+    assert used == 2 * [common.StoredFeatures]
+    left = {path.name for path in (tmp_path / "disk").rglob("*") if path.name.endswith("safetensors")}
+    assert left == set() and (kept is None or kept.exists())
+
+
+ADDED_MEMORY = """
+import resource, sys, types
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+import common
+from trainers import eval_knn
+torch.set_num_threads(1)
+accelerator, recipe = Accelerator(cpu=True), common.eval_recipe(32)
+gallery, queries = common.open_source("digits"), common.open_source("digits", "eval").take(range(32))
+wide = lambda x: x.flatten(1).repeat(1, 5)
+features = lambda source, into: common.extract_features(wide, source, recipe, 32, accelerator, batch_size=64, into=into)
+run = types.SimpleNamespace(accelerator=accelerator)
+def in_file(count, width):
+    return eval_knn.new_rows(Path(sys.argv[2]), {}, {"gallery": count}, width, run)["gallery"]
+with torch.inference_mode():
+    q = features(queries, torch.zeros)
+    common.knn_accuracy(q, queries.labels, q, queries.labels)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    g = features(gallery, in_file if sys.argv[1] == "file" else torch.zeros)
+    print(common.knn_accuracy(g, gallery.labels, q, queries.labels))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 4 * len(g) * g.shape[1] / 2**20)
+"""
+
+
+def test_a_gallery_on_disk_takes_a_bounded_amount_of_memory(tmp_path):
+    """Peak of a process of its own, over features of 337 MiB made and searched: a few slices, not the gallery."""
+    added, figures = {}, {}
+    for where in ("file", "memory"):
+        command = [sys.executable, "-c", ADDED_MEMORY, where, str(tmp_path / "rows")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        figures[where], last = done.stdout.splitlines()[-2:]
+        added[where], gallery = map(float, last.split())
+    assert gallery > 330 and figures["file"] == figures["memory"]
+    assert added["file"] < 100 < 250 < added["memory"], added  # on top of an earlier peak
+
+
+def test_a_full_disk_gets_one_line(tmp_path):
+    rows = common.StoredFeatures(open("/dev/full", "r+b", buffering=0), 0, (9, 4))
+    with pytest.raises(SystemExit, match="/dev/full: not written .No space left on device.; choose another place"):
+        rows[torch.arange(3)] = torch.ones(3, 4)
+
+
+def test_a_feature_file_in_a_place_that_cannot_be_written_gets_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = stop_message(eval_knn.main, knn_args(tiny, tmp_path / "1", feature_file=tmp_path / "file" / "x"))
+    assert "--feature-file" in message and "choose another" in message
+
+
 # --- from flags to files ---
 
 
@@ -395,15 +530,23 @@ def test_the_tiny_config_runs_and_records_what_it_did(trainer, tiny, tmp_path, c
     assert (tmp_path / "run" / f"{name}.py").exists() and (tmp_path / "run" / "environment.json").exists()
 
 
-def test_knn_of_the_trainer_is_knn_of_its_features(tiny, folder, tmp_path):
-    flags = {"data": str(folder), "subset": "", "k": (1, 5), "metric": "euclidean", "pixel_baseline": True}
-    figures = eval_knn.main(knn_args(tiny, tmp_path, vote="majority", eval_batch_size=64, **flags))
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+def test_knn_of_the_trainer_is_knn_of_its_features(tiny, folder, tmp_path, metric, vote):
+    temperature = {"cosine": 0.07, "euclidean": 3.0}[metric]
+    flags = {"data": str(folder), "subset": "", "k": (1, 5), "metric": metric, "vote": vote, "pixel_baseline": True}
+    figures = eval_knn.main(knn_args(tiny, tmp_path, vote_temperature=(temperature,), eval_batch_size=64, **flags))
+
+    def weights(distance):
+        return np.exp(-(distance if metric == "cosine" else distance**2) / temperature)
+
     train, val = common.labelled_pair("x", common.open_source(str(folder)), common.open_source(str(folder), "eval"))
     network, recipe, accelerator = hub.load_teacher(tiny), common.eval_recipe(32), Accelerator(cpu=True)
     for name, function in (("backbone", network), ("raw pixels", lambda x: x.flatten(1))):
         x, y = (common.extract_features(function, s, recipe, 32, accelerator) for s in (train, val))
         for k in (1, 5):
-            expected = 100 * KNeighborsClassifier(k).fit(x, train.labels).score(y, val.labels)
+            model = KNeighborsClassifier(k, weights=weights if vote == "weighted" else "uniform", metric=metric)
+            expected = 100 * model.fit(x.double(), train.labels).score(y.double(), val.labels)
             assert figures[f"{name} k={k}"] == pytest.approx(expected, abs=0.2)  # one image: float32 distances
             assert expected > 40
 
@@ -500,11 +643,15 @@ checkpoint, folder = sys.argv[1:]
 for name, trainer in (("eval_knn", eval_knn), ("eval_linear", eval_linear)):
     flags = ["--config", f"configs/{name}/tiny.toml", "--checkpoint", checkpoint, "--run-dir", f"{folder}/{name}"]
     trainer.main(common.parse_args(trainer.Args, flags))
+eval_knn.IN_MEMORY = 0
+flags = ["--config", "configs/eval_knn/tiny.toml", "--checkpoint", checkpoint, "--run-dir", f"{folder}/on_disk"]
+eval_knn.main(common.parse_args(eval_knn.Args, flags))
 """
 
 
 def test_two_processes_get_what_one_gets(tiny, tmp_path, monkeypatch):
     (tmp_path / "both.py").write_text(BOTH_TRAINERS)
+    monkeypatch.setattr(eval_knn, "IN_MEMORY", eval_knn.IN_MEMORY)  # which the script changes
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["both.py", str(tiny), str(tmp_path / "1")])
     runpy.run_path(str(tmp_path / "both.py"))
@@ -513,6 +660,9 @@ def test_two_processes_get_what_one_gets(tiny, tmp_path, monkeypatch):
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / "2" / n / "results.json").read_text()) for n in ("eval_knn", "on_disk")]
+    in_memory, on_disk = ({k: v for k, v in r.items() if "k=" in k} for r in results)
+    assert in_memory == on_disk and len(on_disk) == 4
     for name in ("eval_knn", "eval_linear"):
         runs = [tmp_path / number / name for number in ("1", "2")]
         facts = [json.loads((run / "environment.json").read_text())["num_processes"] for run in runs]

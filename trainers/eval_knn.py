@@ -7,7 +7,8 @@ A query image with feature q takes the k gallery images of the greatest similari
 
 s is the cosine, or minus the squared Euclidean distance of the raw features. Weighted cosine with 0.07 is
 Wu et al. (CVPR 2018, arXiv:1805.01978, Sec. 3.4), the setting of DINO and mmselfsup with k 10, 20, 100, 200; `--vote
-majority --k 1` is CompRess' and ISD's 1-NN. The gallery is the training split, seen once in the evaluation view.
+majority --k 1` is CompRess' and ISD's 1-NN. The gallery is the training split, seen once in the evaluation view. More
+than 256 MiB of its features wait on disk, in `--feature-file` or in the run folder, and pass through memory in slices.
 Differences from those codes:
   D1. Equal votes go to the smallest class; there to whichever the sort leaves first.
   D2. best-NN, the best odd k up to `--max-k` with `--vote majority --metric euclidean`, is ssl-small's
@@ -18,6 +19,8 @@ Run:  accelerate launch trainers/eval_knn.py --checkpoint runs/smd
 Results: configs/eval_knn/*.toml record command, hardware, time and accuracy of each run.
 """
 
+import atexit
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
+import safetensors
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -98,23 +101,66 @@ def raw_pixels(x: Tensor) -> Tensor:
     return F.interpolate(x, (32, 32), mode="area").flatten(1)
 
 
-def in_space(gallery: Tensor, queries: Tensor, space: str) -> tuple[Tensor, Tensor]:
+Features = Tensor | common.StoredFeatures
+IN_MEMORY = 2**28  # bytes of a gallery that nobody asked to keep in a file
+
+
+def in_space(gallery: Features, queries: Tensor, space: str) -> tuple[Features, Tensor]:
     """Both feature sets, (N, D) and (M, D), as --space has them."""
+    if space == "raw":
+        return gallery, queries
+    mean = torch.zeros(queries.shape[1])
     if space == "shifted":
-        mean = gallery.mean(0)
-        gallery, queries = gallery - mean, queries - mean
-    return (gallery, queries) if space == "raw" else (F.normalize(gallery, dim=1), F.normalize(queries, dim=1))
+        parts = (gallery[at : at + 10_000] for at in range(0, len(gallery), 10_000))
+        mean = (sum(part.double().sum(0) for part in parts) / len(gallery)).to(queries.dtype)
+
+    def change(x: Tensor) -> Tensor:
+        return F.normalize(x - mean.to(x.device), dim=1)
+
+    stored = isinstance(gallery, common.StoredFeatures)
+    return gallery.changed(change) if stored else change(gallery), change(queries)
 
 
-def kept_features(file: Path | None, whose: dict[str, str], run: hub.Run, make: Callable) -> dict[str, Tensor]:
-    """{"gallery": (N, D), "queries": (M, D)} from the file if it is there, else from `make`, and then kept in it.
+def open_rows(file: Path, mode: str) -> dict[str, common.StoredFeatures]:
+    """The tensors of a .safetensors file as rows to read, or with mode "r+b" to write as well."""
+    opened = open(file, mode, buffering=0)  # a buffer would hide what another process has written since
+    length = int.from_bytes(opened.read(8), "little")
+    tensors = json.loads(opened.read(length))
+    tensors.pop("__metadata__")
+    starts = {side: 8 + length + tensor["data_offsets"][0] for side, tensor in tensors.items()}
+    return {side: common.StoredFeatures(opened, starts[side], tensors[side]["shape"]) for side in tensors}
 
-    `whose` says of what they are; a file of anything else stops with one line.
+
+def new_rows(file: Path, whose: dict[str, str], counts: dict[str, int], width: int, run: hub.Run) -> dict:
+    """A .safetensors file of zeros, (count, width) for each of `counts`, as `open_rows` gives it."""
+    if run.accelerator.is_main_process:
+        header, end = {"__metadata__": whose}, 0
+        for side, count in counts.items():
+            size = 4 * count * width
+            header[side] = {"dtype": "F32", "shape": [count, width], "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(opened.tell() + end)
+    run.accelerator.wait_for_everyone()
+    return open_rows(file, "r+b")
+
+
+def features_of(
+    counts: dict[str, int], file: Path | None, scratch: Path, whose: dict[str, str], run: hub.Run, extract: Callable
+) -> tuple[Features, Tensor]:
+    """The gallery's (N, D) and the queries' (M, D): from the file if it is there, else from `extract`, and kept in it.
+
+    `whose` says of what they are; a file of anything else stops with one line. A large gallery without a file waits in
+    `scratch`, for the caller to delete.
     """
     if file is not None and run.same_everywhere(file.exists()):
         try:
             with safetensors.safe_open(file, "pt") as opened:
-                found, features = opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}
+                found = opened.metadata() or {}
         except Exception as error:  # the safetensors reader has an exception type of its own
             raise SystemExit(
                 f"--feature-file {file}: cannot be read ({common.first_line(error)}); delete it"
@@ -124,17 +170,27 @@ def kept_features(file: Path | None, whose: dict[str, str], run: hub.Run, make: 
                 f"--feature-file {file}: holds features of another {', '.join(other)}; choose another file"
             )
         run.say(f"features taken from {file}")
-        return features
-    features = make()
-    if file is not None and run.accelerator.is_main_process:
+        rows = open_rows(file, "rb")
+        return rows["gallery"], rows["queries"][:]
+    rows, beside = {}, file.with_name(f".{file.name}") if file else scratch
+
+    def into(count: int, width: int) -> Features:
+        if file is None and 4 * count * width <= IN_MEMORY:
+            return torch.zeros(count, width)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_name(f".{file.name}")
-            beside.write_bytes(safetensors.torch.save(features, metadata=whose))
-            os.replace(beside, file)
+            rows.update(new_rows(beside, whose, counts, width, run))
         except OSError as error:
-            raise SystemExit(f"--feature-file {file}: not written ({error.strerror}); choose another") from None
-    return features
+            name = f"--feature-file {file}" if file else f"--run-dir {run.dir}"
+            raise SystemExit(
+                f"{name}: not written ({error.strerror}); choose another that all processes see"
+            ) from None
+        return rows["gallery"]
+
+    gallery, queries = extract("gallery", into), extract("queries", torch.zeros)
+    if file is not None and run.accelerator.is_main_process:
+        rows["queries"][torch.arange(len(queries))] = queries
+        os.replace(beside, file)
+    return gallery, queries
 
 
 def main(args: Args) -> dict[str, float]:
@@ -183,22 +239,27 @@ def main(args: Args) -> dict[str, float]:
     share = torch.arange(len(queries)).tensor_split(world)[rank]  # every process classifies its part of the queries
     whose = {"checkpoint": common.fingerprint(network), "features": args.features, "image_size": str(args.image_size)}
     whose |= {"gallery": gallery.fingerprint(), "queries": queries.fingerprint()}
+    counts = {"gallery": len(gallery), "queries": len(queries)}
+    scratch = args.run_dir / ".features.safetensors"
+    if accelerator.is_main_process:
+        atexit.register(scratch.unlink, missing_ok=True)  # should the run stop before it gets there itself
     figures, table = {}, {}
     for name, function in rows.items():
 
-        def extract(function=function) -> dict[str, Tensor]:
-            sides = {"gallery": gallery, "queries": queries}
-            return {
-                side: common.extract_features(function, images, recipe, args.image_size, accelerator, **options)
-                for side, images in sides.items()
-            }
+        def extract(side: str, into: Callable, function=function) -> Features:
+            images = {"gallery": gallery, "queries": queries}[side]
+            return common.extract_features(
+                function, images, recipe, args.image_size, accelerator, into=into, **options
+            )
 
-        found = extract() if function is raw_pixels else kept_features(args.feature_file, whose, run, extract)
-        g, q = in_space(found["gallery"].to(device), found["queries"].to(device), args.space)
+        file = None if function is raw_pixels else args.feature_file
+        g, q = features_of(counts, file, scratch, whose, run, extract)
+        g, q = in_space(g if isinstance(g, common.StoredFeatures) else g.to(device), q.to(device), args.space)
+        mine = q.tensor_split(world)[rank]  # a view, where q[share] would be a copy
         for temperature in temperatures:
             label = name if len(temperatures) == 1 else f"{name} T={temperature:g}"
             accuracy = common.knn_accuracy(
-                g, gallery.labels, q[share], queries.labels[share], ks, temperature=temperature, **voting
+                g, gallery.labels, mine, queries.labels[share], ks, temperature=temperature, **voting
             )
             hits = torch.tensor([accuracy[k] * len(share) for k in ks], device=device)
             hits = accelerator.reduce(hits, "sum") if world > 1 else hits
@@ -206,6 +267,8 @@ def main(args: Args) -> dict[str, float]:
             figures |= {f"{label} k={k}": figure for k, figure in table[label].items()}
             if args.max_k:  # of equal ones the smallest k, as there
                 figures[f"{label} best-NN"] = max(table[label].values())
+        if accelerator.is_main_process:  # every process has read its last row: the hits above are from all of them
+            scratch.unlink(missing_ok=True)
 
     shown = ks if len(ks) <= 8 else ks[:: -(-len(ks) // 8)]
     run.say(
@@ -217,8 +280,8 @@ def main(args: Args) -> dict[str, float]:
         run.say(line + (f"  best {row[best]:.2f} at k={best}" if args.max_k else ""))
     accelerator.log(figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    counts = {"gallery_images": len(gallery), "query_images": len(queries)}
-    results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **counts, **figures, "flags": flags}
+    images = {"gallery_images": len(gallery), "query_images": len(queries)}
+    results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **images, **figures, "flags": flags}
     run.finish(source, results)
     return figures
 
