@@ -29,7 +29,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-# Chapters that would make this file too long to read: our own networks, where images come from, the random views.
+# Chapters that would make this file too long to read: our own networks, where images and boxes come from, the random views.
+from trainers.shared.boxes import (
+    Annotated,
+    average_precision,
+    draw_objects,
+    object_bitmap,
+    open_objects,
+    usable_objects,
+)
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.sources import (
     RESIDENT_PX,
@@ -234,14 +242,19 @@ class Batches:
         labels = self.source.labels
         return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
 
+    def samples(self) -> Dataset:
+        """What the workers read; a trainer whose samples are no square views has its own, with its own `collate`."""
+        return Crops(self.source, self.views, self.seed)
+
     def _streamed(self, step: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """The crops of this step from the workers; asking for another step than the next restarts the stream there."""
         if step != self._next:
+            samples = self.samples()
             loader = DataLoader(
-                Crops(self.source, self.views, self.seed),
+                samples,
                 batch_sampler=StepSampler(self, step),
                 num_workers=self.num_workers,
-                collate_fn=_stack,
+                collate_fn=samples.collate,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=WorkerInit() if self.num_workers else None,
                 generator=torch.Generator().manual_seed(self.seed),  # else iter() would draw from the global RNG
@@ -305,10 +318,11 @@ class Crops(Dataset):
                 bad.append((i, f"{self.source.where(i)}: {error}"))
         return torch.zeros(3, 8, 8, dtype=torch.uint8), bad  # 100 in a row: the caller stops the run
 
-
-def _stack(samples: list) -> tuple[list[Tensor], Tensor, list[tuple[int, str]]]:
-    views = [torch.stack(crops) for crops in zip(*(s[0] for s in samples), strict=True)]
-    return views, torch.tensor([s[1] for s in samples]), [b for s in samples for b in s[2]]
+    @staticmethod
+    def collate(samples: list) -> tuple[list[Tensor], Tensor, list[tuple[int, str]]]:
+        """Views, (height, width) of the images, and the images that could not be read."""
+        views = [torch.stack(crops) for crops in zip(*(s[0] for s in samples), strict=True)]
+        return views, torch.tensor([s[1] for s in samples]), [b for s in samples for b in s[2]]
 
 
 class WorkerInit:
@@ -337,7 +351,7 @@ def eval_batches(
         keys = [[(0, i) for i in part.tolist()] for part in share.split(batch_size)]
         init = WorkerInit() if num_workers else None
         loader = DataLoader(
-            dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=_stack, worker_init_fn=init
+            dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=init
         )
         for (crops, _, bad), part in zip(loader, share.split(batch_size), strict=True):
             source.bad.update(bad)

@@ -124,7 +124,7 @@ def open_source(
     elif path.is_dir() and not _has_tables(path):
         source = _open_folder(path, role, split)
     else:
-        source = _open_dataset(data, path, role, split, image_column, label_column)
+        source = _open_dataset(data, role, split, image_column, label_column)
     if source is None:
         return None
     if subset and role == "train":
@@ -289,11 +289,12 @@ def _number(values: list) -> tuple[Tensor, list[str]]:
     return torch.tensor([number[str(v)] for v in values]), classes
 
 
-def _open_dataset(data: str, path: Path, role: str, split: str, image_column: str, label_column: str) -> Source | None:
-    """A parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub."""
+def open_table(data: str, role: str, split: str):
+    """A split of a parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub; None without it."""
     import datasets  # takes a second: only runs that use it pay
 
     datasets.disable_progress_bars()
+    path = Path(data).expanduser()
     local = path.exists() or "*" in data
     if not local and (data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1):
         raise SystemExit(f"--data {data}: no such file or folder")
@@ -314,6 +315,16 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         opened = opened[name]
     elif role == "eval" or split:
         return _pick_split((), role, split, data)  # None, or the error that there are no splits
+    return opened
+
+
+def _open_dataset(data: str, role: str, split: str, image_column: str, label_column: str) -> Source | None:
+    """An image column of a table, with its label column if there is one."""
+    import datasets
+
+    opened = open_table(data, role, split)
+    if opened is None:
+        return None
     columns = opened.features
     images = [k for k, f in columns.items() if isinstance(f, datasets.Image)]
     if image_column and image_column not in columns:
