@@ -417,6 +417,47 @@ def _normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return ((x - model.input_mean) / model.input_std,)
 
 
+class FeatureMaps(nn.Module):
+    """A network's maps of images of any size, (B, 3, H, W) normalised -> {"0": (B, C, H / stride, W / stride), ...}.
+
+    The last map of every stride from 4 on, fine to coarse, or that of `stage` alone; `strides` and `channels` describe
+    them. A network of a single stride (ViT) gives its last map at strides 4, 8, 16 and 32. What comes after the maps is
+    taken out of the backbone. Raises SystemExit for a network without maps.
+    """
+
+    def __init__(self, backbone: nn.Module, stage: int | None = None):
+        super().__init__()
+        config, name = backbone.pretrained_cfg, backbone.pretrained_cfg["architecture"]
+        try:
+            if config.get("fixed_input_size"):
+                mean, std = (value.flatten().tolist() for value in (backbone.input_mean, backbone.input_std))
+                state, backbone = (
+                    backbone.state_dict(),
+                    create_backbone(name, mean=mean, std=std, dynamic_img_size=True),
+                )
+                backbone.load_state_dict(state)
+            with torch.no_grad():
+                maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, 256, 256), intermediates_only=True)
+        except (TypeError, AttributeError, AssertionError, RuntimeError):
+            raise SystemExit(f"{name} gives no feature maps of images of any size; choose another network") from None
+        last = {256 // m.shape[-1]: i for i, m in enumerate(maps)}
+        self.indices = [last[stride] for stride in sorted(last) if stride >= 4] if stage is None else [stage]
+        self.strides = [256 // maps[i].shape[-1] for i in self.indices]
+        self.channels = [maps[i].shape[1] for i in self.indices]
+        self.single = stage is None and len(self.indices) == 1
+        if self.single:
+            self.strides, self.channels = [4, 8, 16, 32], self.channels * 4
+        backbone.prune_intermediate_layers(self.indices, prune_norm=not self.single)
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        options = {"indices": self.indices, "norm": self.single, "stop_early": True, "intermediates_only": True}
+        maps = self.backbone.forward_intermediates(x, **options)
+        if self.single:
+            maps = [F.interpolate(maps[0], (x.shape[2] // s, x.shape[3] // s), mode="bilinear") for s in self.strides]
+        return {str(i): each for i, each in enumerate(maps)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimisation
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ Results: configs/eval_detection/*.toml record command, hardware, time and AP of 
 import importlib.util
 import os
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -236,19 +236,6 @@ class Transform(GeneralizedRCNNTransform):
         return torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images])
 
 
-class FeatureMaps(nn.Module):
-    """Some of a timm network's maps, {"0": (B, C, H, W), ...} from fine to coarse, through `neck`."""
-
-    def __init__(self, backbone: nn.Module, indices: list[int], neck: nn.Module, out_channels: int):
-        super().__init__()
-        backbone.prune_intermediate_layers(indices, prune_norm=True)  # what has no gradient, DDP does not wait for
-        self.backbone, self.indices, self.neck, self.out_channels = backbone, indices, neck, out_channels
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = self.backbone.forward_intermediates(x, indices=self.indices, stop_early=True, intermediates_only=True)
-        return self.neck(OrderedDict((str(i), m) for i, m in enumerate(maps)))
-
-
 class Res5(nn.Module):
     """The c4 head: last stage and extra norm on each region, then the mean; (R, C, 14, 14) -> (R, D)."""
 
@@ -279,51 +266,41 @@ class Res5Maps(nn.Module):
 
 def create_detector(backbone: nn.Module, num_classes: int, args: Args) -> FasterRCNN:
     """Faster or Mask R-CNN, classes from 1, on a backbone that becomes part of it. Raises SystemExit if it cannot be."""
-    name = backbone.pretrained_cfg["architecture"]
-    if not hasattr(backbone, "forward_intermediates") or backbone.pretrained_cfg.get("fixed_input_size"):
-        raise SystemExit(f"--checkpoint: {name} gives no feature maps of images of any size; evaluate another network")
-    with torch.no_grad():
-        maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, 256, 256), intermediates_only=True)
-    strides = {256 // m.shape[-1]: i for i, m in enumerate(maps)}  # the last map of each stride
-    mean, std = backbone.input_mean.flatten().tolist(), backbone.input_std.flatten().tolist()
-    sampler = Sampler(args.roi_samples, 0.25)
+    sampler, classes = Sampler(args.roi_samples, 0.25), num_classes + 1
     if args.detector == "c4":
-        if not hasattr(backbone, "layer4"):
+        if not isinstance(backbone, ResNet):
+            name = backbone.pretrained_cfg["architecture"]
             raise SystemExit(f"--detector c4: {name} is no ResNet, whose last stage it takes; use --detector fpn")
-        res5, width = Res5(backbone.layer4, backbone.num_features, args.masks), backbone.num_features
-        body = FeatureMaps(backbone, [3], nn.Identity(), maps[3].shape[1])
-        used, sides = [256 // maps[3].shape[-1]], [[0.25, 0.5, 1.0, 2.0, 4.0]]
-        heads = {"box_head": res5, "box_predictor": FastRCNNPredictor(width, num_classes + 1)}
+        width = backbone.num_features
+        res5 = Res5(backbone.layer4, width, args.masks)
+        maps = body = common.FeatureMaps(backbone, stage=3)
+        body.out_channels = maps.channels[0]
+        heads = {"box_head": res5, "box_predictor": FastRCNNPredictor(width, classes)}
         if args.masks:
-            predictor = MaskRCNNPredictor(width, 256, num_classes + 1)
-            heads |= {"mask_head": Res5Maps(res5, sampler), "mask_predictor": predictor}
+            heads |= {"mask_head": Res5Maps(res5, sampler), "mask_predictor": MaskRCNNPredictor(width, 256, classes)}
+        sides = [[scale * args.anchor_scale * maps.strides[0] for scale in (0.25, 0.5, 1, 2, 4)]]
         resolution = {"box": 14, "mask": 14}
     else:
-        used = sorted(stride for stride in strides if stride >= 4)
-        if len(used) < 2:
-            raise SystemExit(f"--detector fpn: {name} has maps of stride {', '.join(map(str, strides))}, no pyramid")
-        channels = [maps[strides[stride]].shape[1] for stride in used]
-        neck = FeaturePyramidNetwork(channels, 256, extra_blocks=LastLevelMaxPool())
-        body = FeatureMaps(backbone, [strides[stride] for stride in used], neck, 256)
-        sides, heads = [[1.0]] * (len(used) + 1), {"num_classes": num_classes + 1}
+        maps = common.FeatureMaps(backbone)
+        body = nn.Sequential(maps, FeaturePyramidNetwork(maps.channels, 256, extra_blocks=LastLevelMaxPool()))
+        body.out_channels, heads = 256, {"num_classes": classes}
+        sides = [[args.anchor_scale * stride] for stride in (*maps.strides, 2 * maps.strides[-1])]
         resolution = {"box": 7, "mask": 14}
-    reach = [args.anchor_scale * stride for stride in (*used, 2 * used[-1])]
-    sizes = tuple(tuple(side * s for s in each) for side, each in zip(reach, sides, strict=False))
-    for kind, size in resolution.items():
-        pool = MultiScaleRoIAlign([str(i) for i in range(len(used))], size, sampling_ratio=2)
-        # it keeps the scales that it infers from its first images: not from padded ones
-        known = {str(i): torch.zeros(1, 1, 256 // stride, 256 // stride) for i, stride in enumerate(used)}
-        pool(known, [torch.zeros(1, 4)], [(256, 256)])
-        heads |= {f"{kind}_roi_pool": pool} if kind == "box" or args.masks else {}
+    levels = {str(i): torch.zeros(1, 1, 256 // stride, 256 // stride) for i, stride in enumerate(maps.strides)}
+    for kind in ("box", "mask")[: 1 + args.masks]:
+        pool = MultiScaleRoIAlign(list(levels), resolution[kind], sampling_ratio=2)
+        pool(levels, [torch.zeros(1, 4)], [(256, 256)])  # it keeps the scales that it infers first: not from padding
+        heads[f"{kind}_roi_pool"] = pool
     detector = (MaskRCNN if args.masks else FasterRCNN)(
         body,
-        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        rpn_anchor_generator=AnchorGenerator(tuple(map(tuple, sides)), ((0.5, 1.0, 2.0),) * len(sides)),
         rpn_pre_nms_top_n_train=args.pre_nms[0],
         rpn_pre_nms_top_n_test=args.pre_nms[1],
         rpn_post_nms_top_n_train=args.post_nms[0],
         rpn_post_nms_top_n_test=args.post_nms[1],
         **heads,
     )
+    mean, std = (value.flatten().tolist() for value in (maps.backbone.input_mean, maps.backbone.input_std))
     detector.transform = Transform(args.test_size, args.max_size, mean, std)
     detector.rpn.fg_bg_sampler, detector.roi_heads.fg_bg_sampler = Sampler(args.rpn_samples, 0.5), sampler
     return detector.requires_grad_(True).train()
@@ -336,9 +313,9 @@ UNITS = {"loss_objectness": 0, "loss_rpn_box_reg": 0, "loss_classifier": 1, "los
 def global_means(losses: dict[str, Tensor], detector: FasterRCNN, accelerator: Accelerator) -> dict[str, Tensor]:
     """Losses whose average over the processes is the mean over the global batch, D2."""
     anchors, regions = (part.fg_bg_sampler.positive for part in (detector.rpn, detector.roi_heads))
-    counts = torch.stack([torch.ones_like(anchors).sum(), torch.ones_like(regions).sum(), regions.sum()]).float()
+    counts = torch.stack([torch.ones_like(anchors).sum(), torch.ones_like(regions).sum(), regions.sum()])
     total = accelerator.reduce(counts, "sum") if accelerator.num_processes > 1 else counts
-    weights = counts * accelerator.num_processes / total.clamp(min=1)
+    weights = counts * (accelerator.num_processes / total.clamp(min=1).to(torch.get_default_dtype()))
     return {name: loss * weights[UNITS[name]] for name, loss in losses.items()}
 
 

@@ -290,7 +290,8 @@ def draw_objects(annotated: Annotated, found: list[dict], count: int, folder: Pa
         sure = [t for t in found if t["image_id"] == i and t["score"] >= 0.5]
         image = annotated.source.decode(i)
         for things, colour in ((annotated.objects[i], "lime"), (sure, "red")):
-            texts = [f"{annotated.classes[t['category_id'] - 1]} {t.get('score', 1):.2f}" for t in things]
+            names = [annotated.classes[t["category_id"] - 1] for t in things]
+            texts = [f"{n} {t['score']:.2f}" if "score" in t else n for n, t in zip(names, things, strict=True)]
             boxes = box_convert(torch.tensor([t["bbox"] for t in things]).view(-1, 4), "xywh", "xyxy")
             image = draw_bounding_boxes(image, boxes, texts, colour, width=2) if things else image
         write_png(image, str(folder / f"{i:04}.png"))
