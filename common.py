@@ -15,9 +15,11 @@ import os
 import signal
 import sys
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +31,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-# Chapters that would make this file too long to read: our own networks, where images and boxes come from, the random views.
+# Chapters that would make this file too long to read: networks of our own, where images and boxes come from, the random views.
+from trainers.shared.adapters import GaussianRegressor, MapRegressor, Shape, UnitEmbedding, conv_stack, same_size
 from trainers.shared.boxes import (
     Annotated,
     average_precision,
@@ -38,15 +41,19 @@ from trainers.shared.boxes import (
     open_objects,
     usable_objects,
 )
+from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.sources import (
     RESIDENT_PX,
+    OtherClasses,
     Source,
     available_cores,
     check_bad,
+    count_classes,
     decode_rgb,
     first_line,
     labelled_pair,
+    labelled_queries,
     open_source,
 )
 from trainers.shared.views import (
@@ -58,10 +65,13 @@ from trainers.shared.views import (
     MOCO_V1,
     MOCO_V2,
     RECIPES,
+    SSKD_ROTATIONS,
+    SWAV_MULTICROP,
     Recipe,
     colour_batch,
     crop_batch,
     crop_one,
+    rotations,
     sample_params,
     ssl_small,
     uniforms,
@@ -382,9 +392,12 @@ def create_backbone(
 
     It normalises its own input with `mean` and `std` (default: those of its timm config), in a hook that leaves the
     state-dict keys timm's; a network of fixed input size (ViT) also resizes. `small_images` takes the ResNet with a
-    3x3 stem of the same name (`resnet18_small`, ...). `kwargs` go to `timm.create_model`. Raises SystemExit for a name
-    that timm does not know.
+    3x3 stem of the same name (`resnet18_small`, ...). The CIFAR zoo is also known by its authors' names: `vgg13` is
+    theirs, timm's network of that name is `vgg13.tv_in1k`. `kwargs` go to `timm.create_model`. Raises SystemExit for a
+    name that timm does not know.
     """
+    if not kwargs.get("pretrained"):
+        name = OFFICIAL_NAMES.get(name, name)
     if small_images and not name.endswith("_small"):
         name = f"{name}_small"
         if not timm.is_model(name):
@@ -415,6 +428,27 @@ def _normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     if model.input_side and x.shape[-1] != model.input_side:
         x = F.interpolate(x, (model.input_side, model.input_side), mode="bicubic", antialias=True)
     return ((x - model.input_mean) / model.input_std,)
+
+
+def forward_stages(model: nn.Module, x: Tensor, *, preact: bool = False) -> tuple[list[Tensor], Tensor]:
+    """One pass of a network from `create_backbone`, x (B, 3, H, W) in [0, 1], with everything that distillation looks at.
+
+    -> ([feature maps (B, C, H, W), the stem's first, ..., pooled features (B, D)], logits (B, num_classes)). The maps
+    are timm's `forward_intermediates`; with `preact`, for the CIFAR zoo only, before each stage's last activation.
+    """
+    (x,) = _normalise_input(model, (x,))
+    x, maps = model.forward_intermediates(x, **({"preact": True} if preact else {}))
+    pooled = model.forward_head(x, pre_logits=True)
+    return [*maps, pooled], model.get_classifier()(pooled)
+
+
+@torch.no_grad()
+def stage_shapes(model: nn.Module, size: int) -> list[Shape]:
+    """What shapes the features of `forward_stages` have for images of `size` px, without the batch."""
+    training = model.training
+    features, _ = forward_stages(model.eval(), model.input_mean.new_zeros(2, 3, size, size))
+    model.train(training)
+    return [tuple(f.shape[1:]) for f in features]
 
 
 class FeatureMaps(nn.Module):
@@ -532,6 +566,24 @@ def step_schedule(epoch: float, start: float, milestones: Sequence[int], factor:
     return start * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
+def scheduled_lr(
+    schedule: str, at: float, epochs: float, peak: float, milestones: Sequence[int], factor: float
+) -> float:
+    """`peak` after `at` of `epochs`: a "cosine" to zero, or "step", x factor at every milestone."""
+    return cosine_schedule(at, epochs, peak) if schedule == "cosine" else step_schedule(at, peak, milestones, factor)
+
+
+def two_stages(args, first_epochs: float, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+    """(steps of a first stage of `first_epochs`, steps of both): its share of --total-steps, or before those of --epochs.
+
+    `total_steps` is --total-steps where that is given, else the second stage's; 0 stays 0, for `Run.start` to refuse.
+    """
+    if args.total_steps:
+        return round(total_steps * first_epochs / ((first_epochs + args.epochs) or 1)), total_steps
+    first = round(first_epochs * steps_per_epoch) if total_steps else 0
+    return first, first + total_steps
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Every parameter group's learning rate; a group that holds its own keeps it under "fixed_lr"."""
     for group in optimizer.param_groups:
@@ -576,9 +628,57 @@ def extract_features(
     return features
 
 
+def fingerprint(network: nn.Module) -> str:
+    """A checksum of a network's weights and buffers."""
+    crc = 0
+    for tensor in network.state_dict().values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
 def eval_recipe(size: int) -> Recipe:
     """The evaluation view: the whole image where it is small, else the usual centre crop."""
     return dataclasses.replace(EVAL, crop_pct=1.0) if size <= RESIDENT_PX else EVAL
+
+
+def top1_accuracy(model: nn.Module, source: Source, size: int, accelerator: Accelerator, **options) -> float:
+    """Percent of a labelled source's images that a classifier names right. `options` go to `extract_features`."""
+    logits = extract_features(model, source, eval_recipe(size), size, accelerator, **options)
+    return 100 * (logits.argmax(1) == source.labels).double().mean().item()
+
+
+class EpochAccuracy:
+    """Top-1 on a labelled evaluation split every `every` steps: the last one and the best; belongs into a checkpoint."""
+
+    def __init__(self, queries: Source | None, size: int, accelerator: Accelerator, every: int, **options):
+        self.queries, self.every = queries, every
+        self.look = partial(top1_accuracy, source=queries, size=size, accelerator=accelerator, **options)
+        self.last = self.best = self.best_at = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"last": self.last, "best": self.best, "best_at": self.best_at}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        vars(self).update(state)
+
+    def after(self, step: int, model: nn.Module, final: bool) -> dict[str, float]:
+        """To be called when `step` steps are done: {"eval_top1": percent} where it is time to look, else {}."""
+        if self.queries is None or step < 1 or (step % self.every and not final):
+            return {}
+        self.last = self.look(model)
+        if self.last > self.best:
+            self.best, self.best_at = self.last, step
+        return {"eval_top1": self.last}
+
+    def results(self, teacher: nn.Module, steps_per_epoch: int, say: Callable[[str], None]) -> dict[str, float]:
+        """What a run reports at its end, and says; {} where there is nothing to evaluate on."""
+        if self.queries is None:
+            return {}
+        found = {"top1 teacher": self.look(teacher), "top1 last epoch": self.last, "top1 best epoch": self.best}
+        epoch = self.best_at / steps_per_epoch
+        say(f"top-1 on {len(self.queries)} images of {self.queries.name}: teacher {found['top1 teacher']:.2f} %, student "
+            f"{self.last:.2f} % after the last epoch, {self.best:.2f} % at its best, epoch {epoch:.4g}")  # fmt: skip
+        return found
 
 
 def knn_table(

@@ -6,6 +6,7 @@
     python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
     python hub.py list                         # the official teachers that --teacher knows by name
     python hub.py to-detectron2 runs/smd OUT.pkl    # a ResNet by the names that Detectron2 reads
+    python hub.py report RUN RUN ...           # one table over many runs and evaluations
 
 Nothing in here knows a loss.
 """
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +66,11 @@ def load_teacher(spec: str | Path, *, num_classes: int = 0, flag: str = "--teach
     load or it does not fit; a file that would run code on loading is refused.
     """
     try:
-        return _load_teacher(str(spec), num_classes)
+        teacher = _load_teacher(str(spec), num_classes)
+        own = getattr(teacher.backbone, "num_classes", 0)
+        if num_classes and own != num_classes:
+            raise SystemExit(f"--teacher {spec}: has a classifier of {own} classes, the data has {num_classes}")
+        return teacher
     except SystemExit as error:
         raise SystemExit(str(error).replace("--teacher", flag)) from None
 
@@ -74,13 +80,14 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
     if path.is_dir():
         return _load_folder(path, num_classes, {"source": path.name})
     if path.is_file():
-        return _load_foreign(path, {"source": path.name, "licence": "unknown"})
+        return _load_foreign(path, num_classes, {"source": path.name, "licence": "unknown"})
     if spec in TEACHERS:
         official = TEACHERS[spec]
         facts = {"source": spec, "url": official.url, "licence": official.licence}
-        return _load_foreign(download(official.url, official.md5), facts)
+        return _load_foreign(download(official.url, official.md5), num_classes, facts)
     if spec.startswith("timm/") and spec.count("/") == 1:
-        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=num_classes)
+        # None: timm's own classifier; for another number of classes it would make a random one
+        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=None if num_classes else 0)
         facts = {"source": spec, "licence": backbone.pretrained_cfg.get("license") or "unknown"}
         return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
     hub_id = spec.removeprefix("hf-hub:")
@@ -98,10 +105,13 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
 def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) -> bool:
     """--init-from: copy the weights of the checkpoint `spec` (as for --teacher) into a backbone, strictly.
 
-    A `head` gets the file's projection head if it holds one of the same keys and shapes; True says that it did.
+    A classifier of the backbone stays as it is: its classes are the new data's. A `head` gets the file's projection head
+    if it holds one of the same keys and shapes; True says that it did.
     """
     found = load_teacher(spec, flag="--init-from")
-    load_strictly(backbone, found.backbone.state_dict(), f"--init-from {spec}")
+    own = backbone.state_dict()
+    fresh = {k: own[k] for k in _classifier_keys(backbone.pretrained_cfg, own)}
+    load_strictly(backbone, {**fresh, **found.backbone.state_dict()}, f"--init-from {spec}")
     if head is None or found.head is None:
         return False
     mine, theirs = ({k: v.shape for k, v in h.state_dict().items()} for h in (head, found.head))
@@ -109,6 +119,13 @@ def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) 
         return False
     head.load_state_dict(found.head.state_dict())
     return True
+
+
+def _classifier_keys(cfg: dict, state: dict) -> set[str]:
+    """The keys of a classifier, under the names that a timm config gives it."""
+    names = cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return {k for k in state if k.startswith(tuple(f"{name}." for name in names))}
 
 
 def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
@@ -131,9 +148,8 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
     )
     state = _read_tensors(folder / "model.safetensors")
     if not num_classes and own:  # a classifier that is not wanted, under the name that timm gives it
-        names = cfg.get("classifier") or ()
-        names = (names,) if isinstance(names, str) else tuple(names)
-        state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{name}." for name in names))}
+        unwanted = _classifier_keys(cfg, state)
+        state = {k: v for k, v in state.items() if k not in unwanted}
     load_strictly(backbone, state, str(folder))
     card = folder / "README.md"
     licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip
@@ -150,15 +166,23 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise SystemExit(f"--teacher {file}: not a whole file ({error}); fetch it again") from None
 
 
-def _load_foreign(path: Path, facts: dict) -> Teacher:
+def _load_foreign(path: Path, num_classes: int, facts: dict) -> Teacher:
     """An authors' file, recognised by its keys."""
     found = open_foreign(path)
     if not timm.is_model(found.architecture):
         raise SystemExit(f"{path}: its architecture {found.architecture or '(none named)'} is none that timm knows")
-    backbone = common.create_backbone(found.architecture, mean=common.IMAGENET_MEAN, std=found.layout.std)
+    facts = {**facts, "architecture": found.architecture, "format": found.layout.name}
+    pixels = {"mean": found.layout.mean, "std": found.layout.std}
+    if num_classes:
+        last = [v for k, v in found.head.items() if k.endswith("weight") and v.dim() == 2]
+        if len(last) != 1:
+            raise SystemExit(f"--teacher {path}: holds no classifier, one Linear; a labelled teacher is needed here")
+        backbone = common.create_backbone(found.architecture, num_classes=len(last[0]), **pixels)
+        load_strictly(backbone, {**found.backbone, **found.head}, str(path), found.strays)
+        return Teacher(backbone, facts)
+    backbone = common.create_backbone(found.architecture, **pixels)
     load_strictly(backbone, found.backbone, str(path), found.strays)
-    head = _build_head(found.head, found.head_name, backbone.num_features, str(path))
-    return Teacher(backbone, {**facts, "architecture": found.architecture, "format": found.layout.name}, head)
+    return Teacher(backbone, facts, _build_head(found.head, found.head_name, backbone.num_features, str(path)))
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays: list[str] | None = None) -> None:
@@ -237,7 +261,7 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     if run.accelerator.is_main_process:
         build_release(run.dir)
         config = _read_json(release / "config.json")
-        load = "import common, timm" if _is_ours(config["architecture"]) else "import timm"
+        load = "import common, timm" if is_ours(config["architecture"]) else "import timm"
         without = ", num_classes=0" if config["num_classes"] else ""
         run.say(f"\nrelease: {release}\n\n  {load}")
         run.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
@@ -249,6 +273,11 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
                 run.say(f"{error}\nthe run is whole; try again with: python hub.py push {run.dir} {repo}")
     run.accelerator.wait_for_everyone()
     return release
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether timm knows this network only after `import common`."""
+    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
 
 
 def build_release(run_dir: str | Path) -> Path:
@@ -285,11 +314,6 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _is_ours(architecture: str) -> bool:
-    """Whether timm knows this architecture only once common is imported."""
-    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
-
-
 def _licence(run_dir: Path) -> str:
     """What the weights may be used for: our code's licence unless the teacher's weights ask for more."""
     teacher = _read_json(run_dir / "teacher.json").get("licence", "apache-2.0")
@@ -307,10 +331,13 @@ def _model_card(run_dir: Path, checkpoint: Path) -> str:
     data = args.get("data", "unknown")
     data = Path(data).name if Path(data).is_absolute() else data  # a card names no path of the training machine
     flags = {
-        k: v for k, v in args.items() if k not in ("run_dir", "config", "teacher", "data", "push_to_hub", "init_from")
+        k: v
+        for k, v in args.items()
+        if k not in ("run_dir", "config", "teacher", "checkpoint", "data", "push_to_hub", "init_from")
     }
+    role = teacher.get("role", "teacher")  # or the checkpoint that a fine-tuned network started from
     size, feature = cfg["input_size"][-1], config["num_features"]
-    own = "import common  # registers this architecture; clone cleandistill first\n" if _is_ours(config["architecture"]) else ""  # fmt: skip
+    own = "import common  # registers this architecture; clone cleandistill first\n" if is_ours(config["architecture"]) else ""  # fmt: skip
     without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
     rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
     return f"""---
@@ -331,7 +358,7 @@ features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {c
 | | |
 |---|---|
 | architecture | {config["architecture"]}{f", {config['num_classes']} classes" if config["num_classes"] else ""} |
-| teacher | {teacher.get("source", "none")} {f"({teacher['architecture']})" if teacher else ""} |
+| {role} | {teacher.get("source", "none")} {f"({teacher['architecture']})" if teacher else ""} |
 | data | {data} |
 {rows}
 ## Licence chain
@@ -339,7 +366,7 @@ features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {c
 | part | licence |
 |---|---|
 | code | apache-2.0 |
-| teacher | {teacher.get("licence", "none used")} |
+| {role} | {teacher.get("licence", "none used")} |
 | data | {"CC BY 4.0 (UCI optical digits)" if data == "digits" else "as its owners say"} |
 | **these weights** | **{licence}** |
 
@@ -525,6 +552,44 @@ def _inspect(spec: str, /) -> None:
     print(f"{'head':>12}  {'none' if teacher.head is None else str(teacher.head).replace(chr(10), ' ')}")
 
 
+def report(runs: Sequence[Path]) -> str:
+    """One Markdown table over many runs' results.json: a row a figure, a column a checkpoint. Percentages as they are.
+
+    Raises SystemExit for a folder without results.
+    """
+    table: dict[str, dict[str, float]] = {}  # row -> {column: figure}
+    columns: list[str] = []
+    for run in runs:
+        results = _read_json(run / "results.json")
+        if not results:
+            raise SystemExit(f"{run}: no results.json; a run writes it at its end")
+        column = str(results.get("checkpoint") or run)
+        columns += [column] if column not in columns else []
+        data = Path(results.get("data") or _read_json(run / "args.json").get("data", "")).name
+        for name, value in results.items():
+            if isinstance(value, float):
+                row = f"{results.get('trainer', '?')} on {data}: {name}"
+                if column in table.get(row, {}):  # the same evaluation twice: on other images or with other flags
+                    row += f" ({run.name})"
+                table.setdefault(row, {})[column] = value
+    lines = [["", *columns], ["---"] + ["---:"] * len(columns)]
+    for row, found in table.items():
+        figures = (found.get(column) for column in columns)
+        lines.append(
+            [row, *("" if f is None else f"{f:.2f}" if abs(f) >= 1 or f == 0 else f"{f:.4f}" for f in figures)]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _report(runs: tuple[Path, ...], /) -> None:
+    """Print one table over many runs and evaluations.
+
+    Args:
+        runs: run folders with a results.json
+    """
+    print(report(runs))
+
+
 def _list() -> None:
     """Show the official checkpoints that --teacher takes by name, as published."""
     print(f"{'name':32}{'linear top-1':>14}  {'licence':14}source")
@@ -545,6 +610,6 @@ def _to_detectron2(spec: str, out: Path, /) -> None:
 if __name__ == "__main__":
     sys.modules.setdefault("hub", sys.modules["__main__"])
     app = tyro.extras.SubcommandApp()
-    for function in (_build, _push, _pull, _inspect, _list, _to_detectron2):
+    for function in (_build, _push, _pull, _inspect, _list, _report, _to_detectron2):
         app.command(function, name=function.__name__[1:].replace("_", "-"))
     app.cli(description="Releases, teachers and the Hugging Face Hub.")

@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from golden_labelled import replay_labelled
 from torch import nn
 
 import common
@@ -99,6 +100,8 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
     """
     trainer = importlib.import_module(f"trainers.{trainer}") if isinstance(trainer, str) else trainer
     npz_path = Path(npz_path)
+    if npz_path.name.startswith(("sskd_", "rep_")):
+        return replay_labelled(trainer, npz_path, **flags)
     record, arrays = json.loads(npz_path.with_suffix(".json").read_text()), np.load(npz_path)
     steps, batch = record["steps"], record["batch"]
     if "images" in arrays:
@@ -163,7 +166,7 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
         run_dir = Path(folder) / "run"
         args = trainer.Args(**{**{k: v for k, v in known.items() if k in fields}, "run_dir": run_dir, **flags})
         batches = RecordedBatches(images, patches, epoch, args.epochs)
-        source = mock.MagicMock(labels=None, bad={}, __len__=lambda _: 10**6)
+        source = mock.MagicMock(labels=None, bad={}, __len__=lambda _: 10**6, fingerprint=lambda: "recorded")
         replacements = [
             (common, "open_source", lambda data, role="train", **_: source if role == "train" else None),
             (common, "Batches", lambda *_, **__: batches),

@@ -15,24 +15,40 @@ from torchvision.io import write_jpeg
 import common
 
 # what learns step by step; evaluations without a loop are elsewhere
-TRAINERS = ["smd", "seed", "disco", "rkd", "simsiam", "moco", "supervised"]
+TRAINERS = [
+    "smd",
+    "seed",
+    "disco",
+    "rkd",
+    "swav_disco",
+    "sskd",
+    "kd",
+    "simsiam",
+    "moco",
+    "swav",
+    "supervised",
+    "eval_finetune",
+]
+LABELLED = ["supervised", "sskd", "kd", "eval_finetune"]  # learn from labels: report accuracy and not kNN
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 
 
-def tiny_flags(method: str, run_dir: Path, teacher: Path, **changes) -> list[str]:
+def tiny_flags(method: str, run_dir: Path, teacher: Path, /, **changes) -> list[str]:
     """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
-    if method in ("smd", "seed", "disco", "rkd"):
+    if "teacher" in importlib.import_module(f"trainers.{method}").Args.__dataclass_fields__:
         flags["teacher"] = teacher
+    if method == "eval_finetune":
+        flags["checkpoint"] = teacher
     words = []
     for key, value in flags.items():
         words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     return words
 
 
-def tiny_run(method: str, run_dir: Path, teacher: Path, **changes) -> list[dict]:
+def tiny_run(method: str, run_dir: Path, teacher: Path, /, **changes) -> list[dict]:
     """Train in this process; returns the lines of metrics.jsonl without the speed."""
     trainer = importlib.import_module(f"trainers.{method}")
     args = common.parse_args(trainer.Args, tiny_flags(method, run_dir, teacher))
@@ -59,14 +75,14 @@ def launch(words: list[str], **env) -> subprocess.CompletedProcess:
 
 
 def photographs(folder: Path, count: int = 64, sides: tuple[int, int] = (100, 140)) -> Path:
-    """A folder of smooth random JPEGs in two classes, train/ and val/, too large to stay in memory."""
+    """A folder of smooth random JPEGs in ten classes, as many as digits, train/ and val/, too large to stay in memory."""
     g = torch.Generator().manual_seed(0)
     for i in range(count):
         height, width = torch.randint(sides[0], sides[1] + 1, (2,), generator=g).tolist()
         image = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6, generator=g), (height, width), mode="bicubic")[
             0
         ]
-        path = folder / ("val" if i % 8 == 0 else "train") / f"class{i % 2}" / f"{i:03}.jpg"
+        path = folder / ("val" if i % 8 == 0 else "train") / f"class{i % 10}" / f"{i:03}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jpeg(image.clamp(0, 1).mul(255).to(torch.uint8), str(path), quality=90)
     return folder

@@ -1,6 +1,7 @@
 """What a user may get wrong is told in one line that names the flag or the file and the remedy: DESIGN.md section 11."""
 
 import errno
+import importlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import runs
 import safetensors
 import torch
 from PIL import Image
@@ -18,27 +20,17 @@ from tools import make_backbone, make_run, stop_message
 
 import common
 import hub
-from trainers import disco, moco, rkd, seed, simsiam, smd, supervised
+from trainers import smd
 from trainers.shared import sources
 
-TRAINERS = {
-    "smd": smd,
-    "simsiam": simsiam,
-    "moco": moco,
-    "seed": seed,
-    "disco": disco,
-    "rkd": rkd,
-    "supervised": supervised,
-}
-NETWORK = {
-    "smd": "--student",
-    "simsiam": "--backbone",
-    "moco": "--backbone",
-    "seed": "--student",
-    "disco": "--student",
-    "rkd": "--student",
-    "supervised": "--backbone",
-}
+TRAINERS = {name: importlib.import_module(f"trainers.{name}") for name in runs.TRAINERS if name != "eval_finetune"}
+
+
+def fields(name: str) -> set[str]:
+    return set(TRAINERS[name].Args.__dataclass_fields__)
+
+
+NETWORK = {name: "--student" if "student" in fields(name) else "--backbone" for name in TRAINERS}
 
 
 def write_images(folder: Path, count: int = 24, side: int = 16, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -83,8 +75,16 @@ def teacher(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """A teacher with a classifier of as many classes as `photos` has."""
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    make_run(folder, make_backbone("test_resnet", num_classes=2))
+    return folder
+
+
 @pytest.fixture
-def train(tmp_path, photos, teacher):
+def train(tmp_path, photos, teacher, classifier):
     """Run a trainer in this process: two steps of the smallest network, unless the flags say otherwise."""
 
     def run(name: str, **flags) -> dict[str, float]:
@@ -92,10 +92,20 @@ def train(tmp_path, photos, teacher):
         usual |= {"num_workers": 0, "log_every": 1, NETWORK[name][2:]: "test_resnet"}
         if name in ("smd", "rkd"):
             usual |= {"group_size": 0}
-        if name in ("smd", "seed", "disco", "rkd"):
+        if "teacher" in fields(name):
             usual |= {"teacher": teacher}
+        if name in runs.LABELLED and "teacher" in fields(name):
+            usual |= {"teacher": classifier}
         if name in ("moco", "seed", "disco", "rkd"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
+        if name in ("swav", "swav_disco"):
+            usual |= {
+                "queue_length": 0,
+                "small_crops": 1,
+                "small_crop_size": 8,
+                "num_prototypes": 10,
+                "hidden_dim": 16,
+            }
         words = []
         for flag, value in (usual | flags).items():
             if isinstance(value, bool):
@@ -216,6 +226,8 @@ def test_no_steps_to_do_is_named(train, trainer):
         ("disco", "consistency_weight"),
         ("rkd", "temperature"),
         ("rkd", "consistency_weight"),
+        ("swav", "temperature"),
+        ("swav_disco", "temperature"),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -0.1])
@@ -256,6 +268,29 @@ def test_feature_maps_that_cannot_be_compared_are_named(train):
 def test_a_queue_that_does_not_fit_is_named(train, trainer, length):
     message = stop_message(train, trainer, queue_length=length)
     assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
+
+
+@pytest.mark.parametrize("trainer", ["swav", "swav_disco"])
+@pytest.mark.parametrize("length", [-8, 12, 32])  # batches of 8, 24 images; 0 is none
+def test_an_assignment_queue_that_does_not_fit_is_named(train, trainer, length):
+    message = stop_message(train, trainer, queue_length=length)
+    assert f"--queue-length {length}: must be a multiple of --batch-size 8 and at most the 24 images" in message
+
+
+MULTI_CROP_NUMBERS = {
+    "large_crops": 1, "small_crops": -1, "small_crop_size": 0, "num_prototypes": 1, "projection_dim": 0, "mse_weight": -0.5,
+    "sinkhorn_iterations": 0, "epsilon": 0.01, "freeze_prototypes_steps": -1, "queue_start_epoch": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", MULTI_CROP_NUMBERS)
+def test_a_number_that_makes_no_sense_to_multi_crop_trainers_is_named(train, flag):
+    value = MULTI_CROP_NUMBERS[flag]
+    asked = [name for name in ("swav", "swav_disco") if hasattr(TRAINERS[name].Args, flag)]
+    assert asked
+    for trainer in asked:
+        message = stop_message(train, trainer, **{flag: value})
+        assert f"--{flag.replace('_', '-')} {value}: must be at least" in message
 
 
 @pytest.mark.parametrize("group_size, must", [(3, "divide --batch-size 8"), (-4, "be at least 0"), (16, "divide")])
@@ -518,14 +553,13 @@ def test_a_tracker_is_used_if_installed_and_named_if_not(train, tmp_path):
 
 
 class FullDisk:
-    """A function that works `times` times and then fails as it does on a full disk, leaving part of a file behind."""
+    """A function that works for the first checkpoint and then fails as on a full disk, leaving part of a file behind."""
 
-    def __init__(self, function, times: int, error: Exception):
-        self.function, self.left, self.error = function, times, error
+    def __init__(self, function, error: Exception):
+        self.function, self.error = function, error
 
     def __call__(self, content, file, *args, **kwargs):
-        self.left -= 1
-        if self.left < 0:
+        if ".step_00000001" not in str(file):
             Path(file).write_bytes(b"half of it")
             raise self.error
         return self.function(content, file, *args, **kwargs)
@@ -545,7 +579,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(train, tmp_p
     name, error = FULL_DISKS[kind]
     function = torch.save if name == "torch.save" else safetensors.torch.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(name, FullDisk(function, 1, error))
+        patch.setattr(name, FullDisk(function, error))
         message = stop_message(train, trainer, total_steps=3, save_every=1)
     run = tmp_path / "run"
     assert "step_00000002" in message and "free space" in message and "--resume" in message

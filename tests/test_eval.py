@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from tools import stop_message
 from torch import nn
 
 import common
@@ -27,6 +28,7 @@ from trainers.shared import sources
 from trainers.shared.run import save_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_KNN = ROOT / "tests" / "golden" / "loss" / "metrics_ssl_small.npz"
 torch.set_num_threads(1)
 
 
@@ -324,7 +326,55 @@ def test_a_stop_signal_saves_and_the_run_continues(tiny, tmp_path, monkeypatch):
     assert logged(tmp_path / "part") == logged(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("space, name", [("raw", "original"), ("unit", "norm")])
+def test_best_nn_is_the_authors(space, name):
+    numbers = {k: v for k, v in np.load(GOLDEN_KNN).items() if k.startswith("knn_case0/") and v.dtype.kind in "fi"}
+    g = {k.removeprefix("knn_case0/"): torch.from_numpy(np.asarray(v)) for k, v in numbers.items()}
+    x, q = eval_knn.in_space(g["train_x"].double(), g["test_x"].double(), space)
+    ks = g[f"{name}/odd_k"].tolist()
+    ours = common.knn_accuracy(x, g["train_y"], q, g["test_y"], ks, vote="majority", metric="euclidean")
+    assert list(ours.values()) == pytest.approx((100 * g[f"{name}/accuracy_per_k"].double()).tolist(), rel=1e-6)
+    assert max(ours, key=ours.get) == g[f"{name}/best_k"].item(), "the smallest k of those that are best"
+
+
+def test_shifted_features_lose_the_gallerys_mean():
+    gallery, queries = torch.rand(50, 6) + 3, torch.rand(9, 6) + 3
+    g, q = eval_knn.in_space(gallery, queries, "shifted")
+    torch.testing.assert_close(q, torch.nn.functional.normalize(queries - gallery.mean(0), dim=1))
+    torch.testing.assert_close(g.norm(dim=1), torch.ones(50))
+
+
 # --- from flags to files ---
+
+
+def test_max_k_reports_every_odd_k_and_the_best(tiny, tmp_path, capsys):
+    figures = eval_knn.main(knn_args(tiny, tmp_path, max_k=31, vote="majority", metric="euclidean"))
+    assert [k for k in figures if "k=" in k] == [f"backbone k={k}" for k in range(1, 32, 2)]
+    assert figures["backbone best-NN"] == max(v for k, v in figures.items() if "k=" in k)
+    assert f"best {figures['backbone best-NN']:.2f} at k=" in capsys.readouterr().out
+
+
+def test_temperatures_are_reported_side_by_side(tiny, tmp_path):
+    figures = eval_knn.main(knn_args(tiny, tmp_path / "grid", k=(50,), vote_temperature=(0.01, 1.0)))
+    alone = eval_knn.main(knn_args(tiny, tmp_path / "one", k=(50,), vote_temperature=(1.0,)))
+    assert set(figures) == {"backbone T=0.01 k=50", "backbone T=1 k=50"}
+    assert figures["backbone T=1 k=50"] == alone["backbone k=50"] != figures["backbone T=0.01 k=50"]
+
+
+def test_features_are_kept_and_taken_from_their_file(tiny, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "kept" / "features.safetensors"
+    first = eval_knn.main(knn_args(tiny, tmp_path / "1", feature_file=file))
+    kept = hub.safetensors.torch.load_file(file)
+    assert kept["gallery"].shape == (600, 96) and kept["queries"].shape == (360, 96)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "extract_features", lambda *_, **__: pytest.fail("the features were there"))
+        again = eval_knn.main(knn_args(tiny, tmp_path / "2", feature_file=file))
+    assert again == first and "features taken from" in capsys.readouterr().out
+    for changes, what in (({"image_size": 16}, "image_size"), ({"subset": "500"}, "gallery")):
+        message = stop_message(eval_knn.main, knn_args(tiny, tmp_path / what, feature_file=file, **changes))
+        assert f"--feature-file {file}: holds features of another {what}" in message
+    file.write_bytes(b"nothing")
+    assert "cannot be read" in stop_message(eval_knn.main, knn_args(tiny, tmp_path / "3", feature_file=file))
 
 
 @pytest.mark.parametrize("trainer", [eval_knn, eval_linear])
@@ -390,7 +440,7 @@ ERRORS = [
     (BOTH[:1], {"k": (1, 601)}, "--k 1 601: give numbers from 1 to 600"),
     (BOTH[:1], {"k": (0,)}, "--k 0: give numbers from 1 to 600"),
     (BOTH[:1], {"k": ()}, "--k : give numbers"),
-    (BOTH[:1], {"vote_temperature": 0.0}, "--vote-temperature 0.0: must be above 0"),
+    (BOTH[:1], {"vote_temperature": (0.07, 0.0)}, "--vote-temperature 0.07 0.0: must be above 0"),
     (BOTH[1:], {"base_lrs": (0.1, 0.1)}, "--base-lrs: give one learning rate or several different"),
     (BOTH[1:], {"base_lrs": ()}, "--base-lrs: give one"),
     (BOTH[1:], {"batch_size": 601}, "--batch-size 601: larger than the 600 images"),

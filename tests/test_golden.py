@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import GOLDEN
 from golden import replay
+from rederived import trajectories
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import LARS
+from trainers import swav, swav_disco
 from trainers.disco import consistency_loss
 from trainers.disco import info_nce as disco_info_nce
 from trainers.moco import hide_and_seek, info_nce, momentum_update
@@ -18,6 +20,7 @@ from trainers.rkd import attention_transfer, hard_dark_rank, rkd_angle, rkd_dist
 from trainers.seed import seed_loss, warmup_schedule
 from trainers.simsiam import negative_cosine
 from trainers.smd import cosine_loss, smd_loss
+from trainers.swav import enqueue, sinkhorn, swapped_prediction_loss, warmup_cosine
 
 TAMER = {"base_lr": 0.05}  # some runs were recorded at a second learning rate
 SIAMESE = [("simsiam", "simsiam"), ("smd", "smd_phase1_epoch0"), ("smd", "smd_phase2_epoch2")]
@@ -368,3 +371,52 @@ def test_lars_steps_are_the_authors(clip):
             for i, p in enumerate(params):
                 close(p.detach(), c[f"clip{clip}/param{i}_after"][step])
         assert optimizer.param_groups[0]["weight_decay"] == c["weight_decay"].item(), "put back after the step"
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_sinkhorn_is_the_authors(iterations):
+    g = arrays("swav")
+    epsilon = g["case0/sinkhorn/epsilon"].item()
+    close(sinkhorn(g["case0/sinkhorn/scores"], epsilon, iterations), g[f"case0/sinkhorn/q_iters{iterations}"])
+    single = sinkhorn(g["case0/sinkhorn/scores"].float(), epsilon, iterations)  # what a run uses
+    close(single.double(), g[f"case0/sinkhorn/q_iters{iterations}"], 1e-4)
+
+
+@pytest.mark.parametrize("case", ["noqueue", "queue_empty", "queue_full"])
+def test_swav_loss_gradients_and_queue_are_the_authors(case):
+    g = {k.removeprefix("case0/"): v for k, v in arrays("swav").items()}
+    normalise, raw = torch.nn.functional.normalize, g["raw_embeddings"].clone().requires_grad_()  # crops first
+    prototypes = normalise(g["prototypes"], dim=1).requires_grad_()
+    close(prototypes.detach(), g[f"{case}/prototypes_normalised"])
+    z = normalise(raw, dim=2).transpose(0, 1)
+    scores, codes = z @ prototypes.T, []
+    for a in (0, 1):
+        rows = scores[:, a].detach()
+        if case == "queue_full":
+            rows = torch.cat([g["queue_full"][a] @ prototypes.detach().T, rows])
+        close(rows, g[f"{case}/sinkhorn_in_crop{a}"])
+        codes.append(sinkhorn(rows, g["epsilon"].item(), 3)[-len(z) :])
+        close(codes[a], g[f"{case}/assign_crop{a}"])
+    loss = swapped_prediction_loss(scores, torch.stack(codes, 1), g["temperature"].item())
+    close(loss, g[f"{case}/loss"])
+    grads = torch.autograd.grad(loss, [raw, prototypes])
+    close(grads[0], g[f"{case}/grad_raw_embeddings"])
+    close(grads[1], g[f"{case}/grad_prototypes"])
+    if case != "noqueue":
+        queue = g["queue_full"].clone() if case == "queue_full" else torch.zeros_like(g["queue_full"])
+        enqueue(queue, z.detach().transpose(0, 1))
+        close(queue, g[f"{case}/queue_after"])
+
+
+@pytest.mark.parametrize("key, warmup, rates", [("bs4096", 40, (0.3, 4.8, 0.0048)), ("bs256", 0, (0.0, 0.6, 0.0006))])
+def test_swav_schedule_is_the_authors(key, warmup, rates):
+    ours = [warmup_cosine(step, 80, warmup, *rates) for step in range(80)]  # 20 epochs of 4 steps
+    np.testing.assert_allclose(ours, arrays("swav")[f"lr_schedule/{key}_4it_20ep"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("trainer, with_head", [(swav, False), (swav_disco, True), (swav_disco, False)])
+def test_swav_steps_are_what_the_equations_give(trainer, with_head, tmp_path):
+    lines, theirs = trajectories(trainer, tmp_path / "run", with_head)
+    assert len(theirs) == 9, "no queue, an empty one, a full one; frozen and learning prototypes; warm-up and cosine"
+    np.testing.assert_allclose([line["loss"] for line in lines], theirs, rtol=1e-8)
+    assert all(line.get("mse_term", 1) > 0.01 for line in lines), "too small to be noticed"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
 from hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
+from runs import photographs
 from tools import disturb_batch_norm, make_backbone, make_run, stop_message
 from torch import Tensor, nn
 
@@ -601,7 +602,56 @@ def test_a_failed_upload_loses_no_run_and_names_the_command_to_retry(tmp_path, c
     assert "push tester/student" in said and "the run is whole" in said
     assert f"python hub.py push {tmp_path / 'run'} tester/student" in said
     assert hub.load_teacher(release).num_features == 96
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"knn trained": 50.0}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["knn trained"] == 50.0 and results["trainer"] == "simsiam"
+    assert results["versions"]["torch"] == torch.__version__ and "commit" in results["versions"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_one_table_of_runs_and_evaluations(tmp_path):
+    def finished(name: str, trainer: str, **results) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"trainer": trainer, **results}))
+        (tmp_path / name / "args.json").write_text('{"data": "/somewhere/photos"}')
+        return str(tmp_path / name)
+
+    runs = [
+        finished("knn a", "eval_knn", checkpoint="a", data="digits", **{"backbone k=1": 90.125, "query_images": 360}),
+        finished("knn b", "eval_knn", checkpoint="b", data="digits", **{"backbone k=1": 80.0}),
+        finished("again", "eval_knn", checkpoint="b", data="digits", **{"backbone k=1": 81.0}),
+        finished("probe", "eval_linear", checkpoint="b", data="digits", top1=70.5, uniformity=-0.25),
+        finished("train", "smd", **{"knn teacher": 93.0}),
+    ]
+    done = subprocess.run([sys.executable, HUB, "report", *runs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert rows == [
+        ["", "a", "b", runs[4]],
+        ["---", "---:", "---:", "---:"],
+        ["eval_knn on digits: backbone k=1", "90.12", "80.00", ""],
+        ["eval_knn on digits: backbone k=1 (again)", "", "81.00", ""],
+        ["eval_linear on digits: top1", "", "70.50", ""],
+        ["eval_linear on digits: uniformity", "", "-0.2500", ""],
+        ["smd on photos: knn teacher", "", "", "93.00"],
+    ]
+    assert "no results.json" in stop_message(hub.report, [tmp_path / "nowhere"])
+
+
+def test_a_fingerprint_tells_data_sets_apart(tmp_path):
+    one, two = common.open_source("digits"), common.open_source("digits")
+    assert one.fingerprint() == two.fingerprint()
+    two.pixels = two.pixels.clone()
+    two.pixels[-1, 0, 0, 0] ^= 1
+    relabelled = dataclasses.replace(one, labels=one.labels.flip(0))
+    part = one.take(range(len(one) - 1))
+    photos = common.open_source(str(photographs(tmp_path / "photos", 8)), resident=False)
+    others = common.open_source(str(photographs(tmp_path / "others", 8, sides=(101, 141))), resident=False)
+    prints = [source.fingerprint() for source in (one, two, relabelled, part, photos, others)]
+    assert len(set(prints)) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

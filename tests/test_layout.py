@@ -18,6 +18,12 @@ SHARED_BLOCKS = {"setup", "data", "resume", "checkpoint"}
 FIELD = re.compile(r'^    (\w+): [^\n]+\n    """(.*?)"""', re.S | re.M)
 
 
+SAME = [  # parts of a method that two trainers have in common, to the letter
+    ({"swav", "swav_disco"}, {"SwAV", "all_sum", "sinkhorn", "swapped_prediction_loss", "enqueue", "warmup_cosine",
+                              "prototype_health", "why_stuck"}),
+]  # fmt: skip
+
+
 def source(method):
     return (ROOT / "trainers" / f"{method}.py").read_text()
 
@@ -52,6 +58,22 @@ def test_shared_blocks_are_identical():
         assert len(next(iter(copies.values())).splitlines()) <= 15, (
             f"{name} is too long to repeat: move it to common.py"
         )
+
+
+def test_parts_that_trainers_have_in_common_are_identical():
+    assert SAME
+    for methods, names in SAME:
+        for name in names:
+            copies = {
+                ast.get_source_segment(source(method), node)
+                for method in methods
+                for node in ast.parse(source(method)).body
+                if getattr(node, "name", "") == name
+            }
+            assert len(copies) == 1, f"{name} differs between {sorted(methods)}, or is in none of them"
+            assert all(f" {name}(" in source(method) for method in methods), (
+                f"{name} is not in all of {sorted(methods)}"
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,9 +135,12 @@ def test_flags_of_the_same_name_have_the_same_doc():
         "schedule",
         "optimizer",
         "group_size",
+        "queue_length",
         "temperature",
         "head",
         "base_lr",
+        "ce_weight",
+        "kd_weight",
         "data",  # annotations have layouts of their own, and Detectron2 decays no normalisation
         "weight_decay",
     }
@@ -134,7 +159,8 @@ def test_functions_that_trainers_repeat_are_identical():
         for node in ast.parse(source(method)).body:
             if isinstance(node, ast.FunctionDef):
                 found[node.name][method] = ast.get_source_segment(source(method), node)
-    for name in ("info_nce", "consistency_loss", "momentum_update", "initial_queue"):
+    repeated = ("info_nce", "consistency_loss", "momentum_update", "initial_queue", "recipes", "choose_images")
+    for name in repeated:
         assert len(found[name]) > 1 and len(set(found[name].values())) == 1, f"{name}: {sorted(found[name])}"
 
 

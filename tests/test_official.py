@@ -173,6 +173,36 @@ def test_a_mobilenet_that_timm_does_not_have_is_refused_by_its_name(tmp_path):
     assert "mobilenetv3_large is none that timm knows" in stop_message(hub.load_teacher, tmp_path / "file.pth.tar")
 
 
+ZOO_FILES = [("wrn_16_2", "state_dict"), ("resnet20", "model"), ("vgg8", "state_dict"), ("mobilenetv2_cifar", "model")]
+
+
+@pytest.mark.parametrize("name, key", ZOO_FILES)
+@torch.no_grad()
+def test_the_labelled_teachers_of_sskd_and_repdistiller_load_with_their_classifier(name, key, tmp_path):
+    network = timm.create_model(name, num_classes=100).eval()
+    disturb_batch_norm(network)
+    state = network.state_dict()
+    if name.startswith("mobilenet") and key == "model":  # RepDistiller's is in a Sequential
+        state = {k.replace("classifier.", "classifier.0."): v for k, v in state.items()}
+    torch.save({"epoch": 240, "acc": torch.tensor(75.6), key: state}, tmp_path / "best.pth")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(network.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    teacher = hub.load_teacher(tmp_path / "best.pth", num_classes=100)
+    assert teacher.facts["architecture"] == name and teacher.facts["format"] == "CIFAR"
+    torch.testing.assert_close(teacher(x), network((x - mean) / std), rtol=1e-5, atol=1e-5)
+    features = hub.load_teacher(tmp_path / "best.pth")
+    assert features(x).shape == (2, network.num_features)
+    message = stop_message(hub.load_teacher, tmp_path / "best.pth", num_classes=10)
+    assert "classifier of 100 classes, the data has 10" in message
+
+
+def test_a_file_without_a_classifier_is_no_labelled_teacher(tmp_path):
+    backbone = torchvision.models.resnet18(weights=None)
+    backbone.fc = nn.Identity()
+    torch.save(content("SEED", backbone, head("mlp", 512)), tmp_path / "file.pth.tar")
+    assert "holds no classifier" in stop_message(hub.load_teacher, tmp_path / "file.pth.tar", num_classes=10)
+
+
 # millions of parameters and features, from NOTES_ssl.md
 WIDE = {"resnet50w2": (93.9, 4096), "resnet50w4": (375.4, 8192), "resnet50w5": (586.5, 10240)}
 

@@ -1,6 +1,7 @@
-"""SEED's TSV files and subsets by name, beside what the training and evaluation tests read."""
+"""SEED's TSV files, subsets by name and by share, beside what the training and evaluation tests read."""
 
 import base64
+import dataclasses
 import io
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_bad_input import write_parquet
 from tools import stop_message
 
 import common
+from trainers.shared import sources
 
 
 def jpeg(i: int, side: int = 32) -> bytes:
@@ -127,6 +129,36 @@ def test_lists_that_can_not_be_followed_are_one_line(tmp_path):
     assert "0 of its 0 names" in stop_message(common.open_source, str(photos), subset=str(tmp_path / "none.txt"))
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     assert "not a text file" in stop_message(common.open_source, str(photos), subset=str(tmp_path / "binary.txt"))
-    (photos / "train" / "class0" / "001.jpg").write_bytes((photos / "train" / "class1" / "001.jpg").read_bytes())
+    (photos / "train" / "class2" / "001.jpg").write_bytes((photos / "train" / "class1" / "001.jpg").read_bytes())
     (tmp_path / "one.txt").write_text("001.jpg")
     assert "several images" in stop_message(common.open_source, str(photos), subset=str(tmp_path / "one.txt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --subset SHARE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[50] * 10, [130] * 9 + [73], [3, 3, 3, 51]], ids=str)
+@pytest.mark.parametrize("share", ["1%", "10%", "33.3%", "100%"])
+def test_a_share_is_drawn_from_every_class_alike(sizes, share):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))]
+    source = common.Source("x", len(labels), labels=labels)
+    drawn = [sources._drawn(source, share, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == sorted(set(drawn[0])) and (drawn[0] != drawn[2] or share == "100%")
+    part = float(share[:-1]) / 100
+    for rows in drawn:
+        assert len(rows) == round(part * len(labels))
+        for found, size in zip(labels[rows].bincount(minlength=len(sizes)).tolist(), sizes, strict=True):
+            assert abs(found - part * size) <= 1
+    whole = dataclasses.replace(source, labels=None)
+    assert len(sources._drawn(whole, share, 0)) == len(drawn[0])
+
+
+def test_a_count_is_drawn_whatever_the_labels():
+    """Recorded runs name counts: their images stay the same."""
+    source = common.open_source("digits")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(5))
+    assert sources._drawn(source, "500", 5) == sorted(order[:500].tolist())
+    assert sources._drawn(dataclasses.replace(source, labels=None), "500", 5) == sources._drawn(source, "500", 5)

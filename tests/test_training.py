@@ -15,7 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import GOLDEN, ROOT
 from golden import replay
-from runs import ENV, TRAINERS, command, launch, metrics, tiny_flags, tiny_run
+from rederived import trajectories
+from runs import ENV, LABELLED, TRAINERS, command, launch, metrics, tiny_flags, tiny_run
 
 import common
 import hub
@@ -41,6 +42,20 @@ SABOTAGE = [
         "x.unsqueeze(1) + 0 * x[:, start : start + vertices].unsqueeze(2)",
     ),  # angles at the origin
     ("rkd", "        if args.consistency:", "        if not args.consistency:"),
+    ("swav", "prototypes.grad = None", "pass"),  # never frozen
+    ("swav", "prototypes.copy_(F.normalize(prototypes, dim=1))", "pass"),
+    ("swav", "gather(z[:, :2])", "gather(z[:, :2].flip(1))"),  # queues of the two crops crossed
+    ("swav", ">= args.queue_length:  # it is full", "> 0:"),
+    ("swav", "q /= all_sum(q.sum(dim=0))", "q *= 1"),  # no balance between prototypes
+    ("swav", "- each.diagonal().sum()", "- 0"),  # a crop predicts its own code
+    ("swav_disco", "args.mse_weight * mse", "mse"),
+    ("swav_disco", "F.mse_loss(z, t)", "F.mse_loss(z, F.normalize(t, dim=2))"),
+    ("sskd", "rank > 0", "rank > 1"),  # the nearly right counted as right
+    ("sskd", "(turned, t_turned, lt_temperature) * lt_kept", "(turned, t_turned, lt_temperature) * ~lt_kept"),
+    ("sskd", "x[:, 0], x[:, 1:]", "x[:, 1], x[:, 1:]"),  # turned images for upright ones
+    ("sskd", "t_rep = (common.gather(y) for y in (t_logits, ssp_head(t_features)))", "t_rep = t_logits, t_features"),
+    ("kd", "t[-2] = before[0](t[-2])", "t[-2] = before[0][:-1](t[-2])"),
+    ("kd", "init_lr = (args.init_lr or", "init_lr = (2 * args.init_lr or"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
@@ -62,6 +77,10 @@ def sabotaged(method, old, new, folder):
 
 @pytest.mark.parametrize("method, old, new", SABOTAGE, ids=lambda s: re.sub(r"\W+", "-", s)[:30])
 def test_golden_trajectory_notices(method, old, new, tmp_path):
+    if method in ("swav", "swav_disco"):
+        lines, theirs = trajectories(sabotaged(method, old, new, tmp_path), tmp_path / "run")
+        assert not np.allclose([line["loss"] for line in lines], theirs, rtol=1e-6)
+        return
     name, flags = {
         "simsiam": ("simsiam", {}),
         "smd": ("smd_phase1_epoch0", {}),
@@ -69,10 +88,14 @@ def test_golden_trajectory_notices(method, old, new, tmp_path):
         "seed": ("seed_small_patch", {"base_lr": 0.03}),
         "disco": ("disco", {"consistency_weight": 16}),
         "rkd": ("disco_rkd", {}),
+        "sskd": ("sskd_calib_wrn402_wrn162_f64", {}),
+        "kd": ("rep_resnet32x4_resnet8x4_f64", {"method": "ft"}),
     }[method]
     path = GOLDEN / "steps" / f"{name}.npz"
-    ours = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"]
-    assert not np.allclose(ours, np.load(path)["f64/losses/loss"], rtol=1e-6)
+    ours, record = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"], np.load(path)
+    parts = {"sskd": ("ssp/loss", "student/loss"), "kd": ("factor/init_loss", "factor/loss")}
+    theirs = np.concatenate([record[key] for key in parts.get(method, ("f64/losses/loss",))])
+    assert len(ours) == len(theirs) and not np.allclose(ours, theirs, rtol=1e-6)
 
 
 def test_simsiam_without_stop_gradient_is_stopped_as_collapsed(tmp_path, tiny_teacher):
@@ -141,6 +164,27 @@ def test_optional_relations_are_part_of_the_loss(tmp_path, tiny_teacher):
         assert all(line[name] > 0 for name in names)
 
 
+STUCK = {
+    "uniform codes": ({"epsilon": 5.0}, {}, "codes are all but uniform.*lower --epsilon"),
+    "one embedding": ({}, {"z_std": 1e-3}, "same embedding.*lower --base-lr, or raise --freeze-prototypes-steps"),
+    "wrong codes": ({}, {"code_entropy": 0.5}, "not predicted: lower --num-prototypes"),
+}
+
+
+@pytest.mark.parametrize("cause", STUCK)
+def test_a_swav_run_that_stays_at_chance_is_stopped_with_the_cause(cause, tmp_path, tiny_teacher, monkeypatch):
+    flags, figures, message = STUCK[cause]
+    if figures:  # a learning rate of zero keeps the loss where it began
+        flags = {"base_lr": 0.0, "start_lr": 0.0, "final_lr": 0.0, "log_every": 10}
+        log = hub.Run.log
+        monkeypatch.setattr(hub.Run, "log", lambda self, step, **m: log(self, step, **{**m, **figures}))
+    flags |= {"subset": "64", "num_prototypes": 50, "total_steps": 400, "save_every": 1000}
+    with pytest.raises(SystemExit, match=rf"step \d+: the loss has been at ln\(--num-prototypes\) = 3.912.*{message}"):
+        tiny_run("swav", tmp_path / "run", tiny_teacher, **flags)
+    last = metrics(tmp_path / "run")[-1]
+    assert 100 <= last["step"] <= 115 and last["loss"] > 0.995 * math.log(50)
+
+
 def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
     z = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert common.z_std(z).item() == pytest.approx(1, abs=0.02)
@@ -156,7 +200,8 @@ def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
 def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", "bf16"]
     # torch's bf16 convolutions (2.6 and 2.15) give a gradient that is not finite now and then on maps of 1x1: not below 32 px
-    sizes = {"image-size": 32} | ({"small-patch-size": 32} if method == "seed" else {})
+    small = {"seed": "small-patch-size", "swav": "small-crop-size", "swav_disco": "small-crop-size"}
+    sizes = {"image-size": 32} | ({small[method]: 32} if method in small else {})
     flags = tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 6, **sizes})
     launch([*launcher, *command(method)[1:], *flags])
     assert json.loads((tmp_path / "environment.json").read_text())["mixed_precision"] == "bf16"
@@ -168,6 +213,9 @@ def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
 TO_LEARN = {
     "moco": {"hide_and_seek": False, "augmentation": "digits", "encoder_momentum": 0.9},
     "rkd": {"distance_weight": 100.0, "angle_weight": 100.0},
+    # one stage, one loss: the two stages' losses have nothing to do with each other
+    "sskd": {"head_epochs": 0},
+    "kd": {"method": "kd"},
 }
 
 
@@ -195,7 +243,7 @@ def test_command_in_the_docstring_is_the_trainers(method):
 def test_a_short_run_from_the_command_line_ends_in_a_release(method, tmp_path, tiny_teacher):
     done = launch(command(method) + tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 2}))
     assert "timm.create_model" in done.stdout and (tmp_path / "release" / "model.safetensors").exists()
-    if method != "supervised":
+    if method not in LABELLED:
         assert re.search(r"raw pixels +\d+\.\d\d %", done.stdout)
 
 

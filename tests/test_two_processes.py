@@ -10,6 +10,7 @@ from runs import TRAINERS, command, launch, metrics, tiny_flags, tiny_run
 
 import common
 from trainers.shared.networks import GroupedBatchNorm
+from trainers.swav import sinkhorn
 
 
 def in_double(method: str, processes: int) -> list[str]:
@@ -71,6 +72,32 @@ def test_a_teacher_in_batch_mode_has_the_same_groups_on_both_processes(group_siz
     assert len(one["teacher_bn"]) > 5
     for part in ("teacher_bn", "encoder_k", "queue"):
         torch.testing.assert_close(two[part], one[part], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_multi_crop_groups_do_not_depend_on_the_processes(group_size, tmp_path, tiny_teacher):
+    """SwAV's crops of two sizes, its head's batch of all crops and its queue: whole-batch statistics and pairs of images."""
+    for processes in (1, 2):
+        flags = tiny_flags("swav", tmp_path / str(processes), tiny_teacher, **{"bn-group-size": group_size})
+        launch(in_double("swav", processes) + flags)
+    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 8, 1e-8)
+
+
+def _sinkhorn(folder: str) -> None:
+    """Codes of this process's half of 24 images; rank r writes folder/r.pt."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    scores = torch.rand(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    torch.save({"codes": sinkhorn(scores.chunk(world)[rank], 0.05, 3), "world": world}, f"{folder}/{rank}.pt")
+
+
+def test_sinkhorn_of_two_processes_is_that_of_all_images(tmp_path):
+    debug_launcher(_sinkhorn, (str(tmp_path),), num_processes=2)
+    two = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
+    assert [t["world"] for t in two] == [2, 2]
+    scores = torch.rand(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    whole = sinkhorn(scores, 0.05, 3)
+    torch.testing.assert_close(torch.cat([t["codes"] for t in two]), whole, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(sinkhorn(scores[:12], 0.05, 3), whole[:12], rtol=1e-3), "halves alone give other codes"
 
 
 def _grouped_batch_norm(group_size: int, folder: str) -> None:

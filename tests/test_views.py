@@ -2,8 +2,10 @@
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 from scipy.stats import ks_2samp
 from torch import Tensor
 from torchvision import transforms as tv
@@ -103,7 +105,10 @@ def test_recipes_are_the_authors():
     assert (v1.scale, v1.jitter, v1.jitter_prob, v1.grey, v1.grey_first) == ((0.2, 1.0), (0.4,) * 4, 1.0, 0.2, True)
     assert (v2.scale, v2.jitter, v2.jitter_prob) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8)
     assert (v2.grey, v2.grey_first, v2.blur, v2.blur_sigma) == (0.2, False, 0.5, (0.1, 2.0))
-    assert [r.flip for r in views.RECIPES.values()] == [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
+    crops = views.SWAV_MULTICROP
+    assert (crops.scale, crops.jitter, crops.jitter_prob) == ((0.14, 1.0), (0.8, 0.8, 0.8, 0.2), 0.8)
+    assert (crops.grey, crops.grey_first, crops.blur, crops.blur_sigma) == (0.2, False, 0.5, (0.1, 2.0))
+    assert [r.flip for r in views.RECIPES.values()] == [0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("recipe", [*views.RECIPES.values(), EVERYTHING])
@@ -215,11 +220,30 @@ def test_padded_crops_are_exact():
         assert torch.equal(y, (expected.flip(2) if params.flip[i] else expected).float() / 255)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 61), (61, 40), (30, 37), (40, 42), (42, 40)])
-def test_centre_crops_are_torchvisions(height, width):
-    x, params = images(4, height, width), draw(views.EVAL, 4, height, width, 32)
-    expected = tvf.center_crop(tvf.resize(x.float() / 255, [36], antialias=True), [32, 32])
-    torch.testing.assert_close(views.crop_batch(x, params, 32, views.EVAL), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_pct, short", [(0.875, 36), (1.0, 32)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 61), (61, 40), (30, 37), (40, 42), (42, 40), (9, 12)])
+def test_centre_crops_are_torchvisions(height, width, crop_pct, short, kind):
+    recipe = replace(views.EVAL, crop_pct=crop_pct, interpolation=kind)
+    x, params = images(4, height, width), draw(recipe, 4, height, width, 32)
+    resized = tvf.resize(x.float() / 255, [short], InterpolationMode(kind), antialias=True)
+    expected = tvf.center_crop(resized, [32, 32]).clamp(0, 1)
+    torch.testing.assert_close(views.crop_batch(x, params, 32, recipe), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", [32, 90])
+def test_bicubic_views_are_what_pillow_makes_of_the_same_image(side):
+    """The authors' transforms ran on Pillow images: rounded to bytes after each of two passes, here not at all."""
+    recipe = replace(views.EVAL, crop_pct=1.0, interpolation="bicubic")
+    x = images(4, side, side) // 2 + 64  # keeps the overshoot inside: bytes clip it between the passes too
+    theirs = tv.Compose([tv.ToPILImage(), tv.Resize(64, InterpolationMode.BICUBIC), tv.CenterCrop(64), tv.ToTensor()])
+    expected = torch.stack([theirs(image) for image in x])
+    resident = views.crop_batch(x, draw(recipe, 4, side, side, 64), 64, recipe)
+    streamed = [views.crop_one(image, draw(recipe, 4, side, side, 64), i, 64, recipe) for i, image in enumerate(x)]
+    for ours in (resident, torch.stack(streamed).float() / 255):
+        assert (ours - expected).abs().max() < 1.5 / 255
+    bilinear = replace(recipe, interpolation="bilinear")
+    assert (views.crop_batch(x, draw(bilinear, 4, side, side, 64), 64, bilinear) - expected).abs().max() > 6 / 255
 
 
 def test_whole_centre_is_the_image():
@@ -314,6 +338,48 @@ def test_views_and_epochs_differ():
         out.append(views.colour_batch(views.crop_batch(x, params, 32, views.MOCO_V2), params, views.MOCO_V2))
     assert torch.equal(out[0], out[3])
     assert min((out[0] - out[i]).abs().amax((1, 2, 3)).min() for i in (1, 2)) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["train", "train_nocrop", "test"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rotations_are_the_authors(kind, streamed):
+    """SSKD's own data set on six images: the same flips and corners give the same four views."""
+    g = np.load(GOLDEN / "loss" / "sskd_dataset.npz")
+    x = torch.from_numpy(g["rows"]).view(-1, 3, 32, 32)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)))
+    for k, recipe in enumerate(views.SSKD_ROTATIONS):
+        params = draw(recipe, len(x), 32, 32, 32)
+        corner = torch.from_numpy(g["train_crop_top_left"][:, k]) - 4.0 if kind == "train" else torch.zeros(6, 2)
+        params.box = torch.cat([corner, torch.full((6, 2), 32.0)], 1).double()
+        params.flip = torch.zeros(6, dtype=torch.bool) if kind == "test" else torch.from_numpy(g[f"{kind}_flipped"])
+        if streamed:
+            crop = torch.stack([views.crop_one(x[i], params, i, 32, recipe) for i in range(6)]) / 255
+        else:
+            crop = views.crop_batch(x, params, 32, recipe)
+        theirs = torch.from_numpy(g[f"{kind}_views"])[:, k]
+        crop = crop if kind == "train_nocrop" else (crop - mean) / std  # that one was recorded before normalisation
+        torch.testing.assert_close(crop, theirs, atol=1e-5, rtol=0)
+
+
+def test_rotations_share_one_flip_and_nothing_else():
+    flips, boxes = [], []
+    for k, recipe in enumerate(views.rotations(views.LINEAR)):
+        params = draw(recipe, MANY, 30, 50, 32, view=k)
+        flips.append(params.flip)
+        boxes.append(params.box)
+        height, width = (50, 30) if k % 2 else (30, 50)
+        assert (params.box[:, 0] + params.box[:, 2]).max() <= height
+        assert (params.box[:, 1] + params.box[:, 3]).max() <= width
+    assert all(torch.equal(f, flips[0]) for f in flips) and abs(flips[0].double().mean() - 0.5) < 0.03
+    assert all((boxes[0] != b).any(1).double().mean() > 0.9 for b in boxes[1:])
+
+
+def test_turned_crops_of_oblong_images_lie_inside_them():
+    x = torch.full((16, 3, 30, 50), 255, dtype=torch.uint8)
+    for recipe in views.rotations(views.LINEAR):
+        params = draw(recipe, 16, 30, 50, 24)
+        assert views.crop_batch(x, params, 24, recipe).min() > 0.999
+        assert views.crop_one(x[0], params, 0, 24, recipe).min() == 255
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -10,8 +10,9 @@ Wu et al. (CVPR 2018, arXiv:1805.01978, Sec. 3.4), the setting of DINO and mmsel
 majority --k 1` is CompRess' and ISD's 1-NN. The gallery is the training split, seen once in the evaluation view.
 Differences from those codes:
   D1. Equal votes go to the smallest class; there to whichever the sort leaves first.
-  D2. ssl-small (github.com/WOWNICE/ssl-small @ 815aea9, eval/knn.py) reports the best odd k of `--vote majority --metric
-      euclidean`; here every k of `--k` is reported and none is chosen.
+  D2. best-NN, the best odd k up to `--max-k` with `--vote majority --metric euclidean`, is ssl-small's
+      (github.com/WOWNICE/ssl-small @ 815aea9, eval/knn.py); `--space shifted` takes the whole gallery's mean from the
+      features, there each batch loses its own.
 
 Run:  accelerate launch trainers/eval_knn.py --checkpoint runs/smd
 Results: configs/eval_knn/*.toml record command, hardware, time and accuracy of each run.
@@ -19,10 +20,12 @@ Results: configs/eval_knn/*.toml record command, hardware, time and accuracy of 
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -76,10 +79,16 @@ class Args:
     """numbers of neighbours, each reported [DINO eval_knn.py]"""
     vote: Literal["weighted", "majority"] = "weighted"
     """neighbours count by exp(similarity / vote_temperature), or one each [Wu et al. Sec. 3.4]"""
-    vote_temperature: float = 0.07
-    """temperature of the weighted vote; the smaller, the more the nearest neighbours count [Wu et al. Sec. 3.4]"""
+    vote_temperature: tuple[float, ...] = (0.07,)
+    """of the weighted vote, each reported; the smaller, the more the nearest neighbours count [Wu et al. Sec. 3.4]"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """similarity: cosine of the features, or minus their squared Euclidean distance"""
+    max_k: int = 0
+    """instead of --k every odd number up to this one, and the best of them: "best-NN" [ssl-small eval/knn.py: 101]"""
+    space: Literal["raw", "unit", "shifted"] = "raw"
+    """features as they are, of unit length, or less the gallery's mean and of unit length, D1 [ssl-small --rep-space]"""
+    feature_file: Path | None = None
+    """.safetensors file to keep the features in, or to take them from if it holds those of this checkpoint and data"""
     pixel_baseline: bool = False
     """also classify by raw pixels at 32 px, what any feature has to beat; decodes the images a second time"""
 
@@ -87,6 +96,45 @@ class Args:
 def raw_pixels(x: Tensor) -> Tensor:
     """(B, 3, S, S) -> (B, 3072)."""
     return F.interpolate(x, (32, 32), mode="area").flatten(1)
+
+
+def in_space(gallery: Tensor, queries: Tensor, space: str) -> tuple[Tensor, Tensor]:
+    """Both feature sets, (N, D) and (M, D), as --space has them."""
+    if space == "shifted":
+        mean = gallery.mean(0)
+        gallery, queries = gallery - mean, queries - mean
+    return (gallery, queries) if space == "raw" else (F.normalize(gallery, dim=1), F.normalize(queries, dim=1))
+
+
+def kept_features(file: Path | None, whose: dict[str, str], run: hub.Run, make: Callable) -> dict[str, Tensor]:
+    """{"gallery": (N, D), "queries": (M, D)} from the file if it is there, else from `make`, and then kept in it.
+
+    `whose` says of what they are; a file of anything else stops with one line.
+    """
+    if file is not None and run.same_everywhere(file.exists()):
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                found, features = opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}
+        except Exception as error:  # the safetensors reader has an exception type of its own
+            raise SystemExit(
+                f"--feature-file {file}: cannot be read ({common.first_line(error)}); delete it"
+            ) from None
+        if other := [key for key in whose if found.get(key) != whose[key]]:
+            raise SystemExit(
+                f"--feature-file {file}: holds features of another {', '.join(other)}; choose another file"
+            )
+        run.say(f"features taken from {file}")
+        return features
+    features = make()
+    if file is not None and run.accelerator.is_main_process:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            beside = file.with_name(f".{file.name}")
+            beside.write_bytes(safetensors.torch.save(features, metadata=whose))
+            os.replace(beside, file)
+        except OSError as error:
+            raise SystemExit(f"--feature-file {file}: not written ({error.strerror}); choose another") from None
+    return features
 
 
 def main(args: Args) -> dict[str, float]:
@@ -108,11 +156,14 @@ def main(args: Args) -> dict[str, float]:
     if args.query_split:
         queries = common.open_source(args.data, "eval", split=args.query_split, **columns)
     gallery, queries = common.labelled_pair(args.data, source, queries)
-    if not args.k or min(args.k) < 1 or max(args.k) > len(gallery):
-        asked = " ".join(map(str, args.k))
-        raise SystemExit(f"--k {asked}: give numbers from 1 to {len(gallery)}, the images in the gallery")
+    common.check_positive(args, "max_k", least=0)
+    ks = tuple(range(1, args.max_k + 1, 2)) or args.k
+    if not ks or min(ks) < 1 or max(ks) > len(gallery):
+        asked = f"--max-k {args.max_k}" if args.max_k else f"--k {' '.join(map(str, args.k))}"
+        raise SystemExit(f"{asked}: give numbers from 1 to {len(gallery)}, the images in the gallery")
     common.check_positive(args, "eval_batch_size")
-    common.check_above_zero(args, "vote_temperature")
+    if not args.vote_temperature or min(args.vote_temperature) <= 0:
+        raise SystemExit(f"--vote-temperature {' '.join(map(str, args.vote_temperature))}: must be above 0")
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
@@ -127,24 +178,43 @@ def main(args: Args) -> dict[str, float]:
 
     recipe = common.eval_recipe(args.image_size)
     options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
-    voting = {"temperature": args.vote_temperature, "vote": args.vote, "metric": args.metric}
+    voting = {"vote": args.vote, "metric": args.metric}
+    temperatures = args.vote_temperature if args.vote == "weighted" else args.vote_temperature[:1]
     share = torch.arange(len(queries)).tensor_split(world)[rank]  # every process classifies its part of the queries
-    figures = {}
+    whose = {"checkpoint": common.fingerprint(network), "features": args.features, "image_size": str(args.image_size)}
+    whose |= {"gallery": gallery.fingerprint(), "queries": queries.fingerprint()}
+    figures, table = {}, {}
     for name, function in rows.items():
-        g, q = (  # (N, D), (M, D)
-            common.extract_features(function, images, recipe, args.image_size, accelerator, **options).to(device)
-            for images in (gallery, queries)
-        )
-        accuracy = common.knn_accuracy(g, gallery.labels, q[share], queries.labels[share], args.k, **voting)
-        hits = torch.tensor([accuracy[k] * len(share) for k in args.k], device=device)
-        hits = accelerator.reduce(hits, "sum") if world > 1 else hits
-        figures |= {f"{name} k={k}": h / len(queries) for k, h in zip(args.k, hits.tolist(), strict=True)}
 
+        def extract(function=function) -> dict[str, Tensor]:
+            sides = {"gallery": gallery, "queries": queries}
+            return {
+                side: common.extract_features(function, images, recipe, args.image_size, accelerator, **options)
+                for side, images in sides.items()
+            }
+
+        found = extract() if function is raw_pixels else kept_features(args.feature_file, whose, run, extract)
+        g, q = in_space(found["gallery"].to(device), found["queries"].to(device), args.space)
+        for temperature in temperatures:
+            label = name if len(temperatures) == 1 else f"{name} T={temperature:g}"
+            accuracy = common.knn_accuracy(
+                g, gallery.labels, q[share], queries.labels[share], ks, temperature=temperature, **voting
+            )
+            hits = torch.tensor([accuracy[k] * len(share) for k in ks], device=device)
+            hits = accelerator.reduce(hits, "sum") if world > 1 else hits
+            table[label] = {k: h / len(queries) for k, h in zip(ks, hits.tolist(), strict=True)}
+            figures |= {f"{label} k={k}": figure for k, figure in table[label].items()}
+            if args.max_k:  # of equal ones the smallest k, as there
+                figures[f"{label} best-NN"] = max(table[label].values())
+
+    shown = ks if len(ks) <= 8 else ks[:: -(-len(ks) // 8)]
     run.say(
-        f"\nkNN top-1 in percent, {args.metric}, {args.vote} vote\n{'':<12}" + "".join(f"  k={k:<5}" for k in args.k)
+        f"\nkNN top-1 in percent, {args.metric}, {args.vote} vote\n{'':<16}" + "".join(f"  k={k:<5}" for k in shown)
     )
-    for name in rows:
-        run.say(f"{name:<12}" + "".join(f"{figures[f'{name} k={k}']:8.2f} " for k in args.k))
+    for label, row in table.items():
+        best = max(row, key=row.get)
+        line = f"{label:<16}" + "".join(f"{row[k]:8.2f} " for k in shown)
+        run.say(line + (f"  best {row[best]:.2f} at k={best}" if args.max_k else ""))
     accelerator.log(figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     counts = {"gallery_images": len(gallery), "query_images": len(queries)}

@@ -4,11 +4,17 @@
 
 The default is the probe of SMD and SimSiam: LARS, batch 4096, learning rate 0.1 x batch / 256, 90 epochs, a cosine per
 epoch, momentum 0.9, no weight decay, W ~ N(0, 0.01), b = 0, random crops and flips. MoCo's, SEED's and ssl-small's is SGD
-at learning rate 30 for a batch of 256, x0.1 at epochs 60 and 80 of 100 (configs/eval_linear/sgd_step_in1k.toml).
+at learning rate 30 for a batch of 256, x0.1 at epochs 60 and 80 of 100 (configs/eval_linear/sgd_step_in1k.toml), SwAV's
+at 0.3 with a cosine per epoch and weight decay 1e-6 (sgd_cosine_in1k.toml).
 Several learning rates train side by side: one head each from the same initial W, on the same features, one pass over the
 backbone for all. The losses are summed, so that no head feels another: each ends where it would alone.
+DisCo's probe is SGD at 3, halved at eleven epochs (sgd_halves_in1k.toml). What DisCo calls semi-supervised is a probe too,
+on 1 % or 10 % of the images: `--subset` (sgd_halves_1percent_in1k.toml); fine-tuning is trainers/eval_finetune.py. On
+CIFAR at 224 px, bicubic, the whole image to test: DisCo's at a constant 3 (transfer_constant_cifar10.toml), ssl-small's
+at 30 on unit vectors, with crops of 60 % of the image and more (transfer_step_cifar10.toml).
 Reference code: github.com/liuhao-lh/SMD @ a613972, main_lincls.py; github.com/facebookresearch/moco @ 64444f4,
-main_lincls.py. Differences from them:
+main_lincls.py; github.com/Yuting-Gao/DisCo-pytorch @ 1d732c8, main_lincls.py, main_lincls_semi.py, cifar_main_lincls.py;
+github.com/WOWNICE/ssl-small @ 815aea9, main_transfer.py. Differences from them:
   D1. The accuracy is the last step's; there the best epoch's on the evaluation split. The best of a sweep is still
       chosen on that split: it is an optimistic number, and every learning rate is reported.
   D2. `--augmentation none` computes the evaluation view's features once and trains on those: another number than the
@@ -20,6 +26,7 @@ Results: configs/eval_linear/*.toml record command, hardware, time and accuracy 
 """
 
 import copy
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -75,18 +82,26 @@ class Args:
     """data workers per process for images that do not stay in memory (above 96 px)"""
     augmentation: Literal["linear", "none"] = "linear"
     """linear: random crops and flips, features anew in every step; none: features of the whole image, once, D2"""
+    crop_scale: tuple[float, float] | None = None
+    """share of the image's area in a view; unset: the recipe's [main_transfer.py: 0.6 1]"""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """resampling of all views; the papers' transfer to CIFAR is bicubic"""
+    crop_pct: float | None = None
+    """image_size over the short side of the resized test image; 1: all of it; unset: 0.875, up to 96 px 1"""
 
     # --- models ---
     checkpoint: str | None = None
     """network to evaluate: the same forms as --teacher"""
     features: Literal["backbone", "head"] = "backbone"
     """pooled features, or the projection head's output, which official SimSiam and MoCo files hold"""
+    normalise_features: bool = False
+    """classify unit vectors [main_transfer.py]"""
 
     # --- optimisation ---
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine to zero, or x --lr-decay at every milestone"""
     milestones: tuple[int, ...] = (60, 80)
-    """epochs at which the step schedule decays [MoCo main_lincls.py]"""
+    """epochs at which the step schedule decays, perhaps none [MoCo main_lincls.py]"""
     lr_decay: float = 0.1
     """factor of the step schedule [MoCo main_lincls.py]"""
     epochs: float = 90
@@ -137,6 +152,19 @@ def accuracy(heads: nn.Module, features: Tensor, labels: Tensor, top: int) -> Te
     return 100 * hits / len(labels)
 
 
+def recipes(args: Args) -> tuple[common.Recipe, common.Recipe]:
+    """The view to train on and the view to test with. Raises SystemExit for flags that no view can follow."""
+    common.check_share(args, "crop_scale")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise SystemExit(f"--crop-pct {args.crop_pct}: must be a share above 0 and up to 1")
+    test = dataclasses.replace(common.eval_recipe(args.image_size), interpolation=args.interpolation)
+    test = dataclasses.replace(test, crop_pct=args.crop_pct or test.crop_pct)
+    train = dataclasses.replace(common.RECIPES.get(args.augmentation, test), interpolation=args.interpolation)
+    if args.crop_scale and train.crop != "resized":
+        raise SystemExit(f"--crop-scale: --augmentation {args.augmentation} has no random crop; linear has one")
+    return dataclasses.replace(train, scale=args.crop_scale or train.scale), test
+
+
 def main(args: Args) -> dict[str, float]:
     # --- shared block: setup ---
     accelerator = Accelerator(
@@ -157,8 +185,8 @@ def main(args: Args) -> dict[str, float]:
         queries = common.open_source(args.data, "eval", split=args.query_split, **columns)
     source, queries = common.labelled_pair(args.data, source, queries)
     num_classes = max(len(source.classes), int(source.labels.max()) + 1)
-    recipe = common.eval_recipe(args.image_size)
-    views = [(recipe if args.augmentation == "none" else common.RECIPES[args.augmentation], args.image_size)]
+    train_recipe, recipe = recipes(args)
+    views = [(train_recipe, args.image_size)]
     data = common.Batches(
         source,
         views,
@@ -180,7 +208,8 @@ def main(args: Args) -> dict[str, float]:
     if args.compile:
         network.compile()
     common.to_device(network, device)
-    extract = network if args.features == "backbone" else lambda x: network.head(network(x))
+    embed = network if args.features == "backbone" else lambda x: network.head(network(x))
+    extract = (lambda x: F.normalize(embed(x), dim=1)) if args.normalise_features else embed
     options = {"num_workers": args.num_workers}
     tested = common.extract_features(extract, queries, recipe, args.image_size, accelerator, **options)
     facts = ", ".join(f"{key} {value}" for key, value in network.facts.items())

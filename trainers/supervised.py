@@ -5,6 +5,7 @@
 Recipes: SGD with a cosine or with steps (SSKD's teachers: github.com/xuguodong03/SSKD @ 661b972, teacher.py), AdamW for
 small data. Differences from SSKD's teacher.py:
   D1. The default schedule is a cosine; `--schedule step --milestones 150 180 210` is theirs (configs name it).
+  D2. The last epoch is kept, there the best on the test set; an epoch's last partial batch is left out.
 
 Run:  accelerate launch trainers/supervised.py --data FOLDER --backbone resnet18
 Results: configs/supervised/*.toml record command, hardware, time and accuracy of each run.
@@ -129,11 +130,8 @@ def main(args: Args) -> dict[str, float]:
     source = common.open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **columns)
     queries = common.open_source(args.data, "eval", **columns)
     # --- end shared block ---
-    if source.labels is None:
-        raise SystemExit(f"--data {args.data}: no labels to learn from; class folders or --label-column give them")
-    num_classes = max(len(source.classes), int(source.labels.max()) + 1)
-    if int(source.labels.min()) < 0:
-        raise SystemExit(f"--data {args.data}: holds the label {int(source.labels.min())}; choose a labelled --split")
+    num_classes = common.count_classes(args.data, source)
+    queries = common.labelled_queries(args.data, source, queries)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
     data = common.Batches(
         source,
@@ -196,11 +194,9 @@ def main(args: Args) -> dict[str, float]:
         # --- end shared block ---
 
     results = {}
-    if queries is not None and queries.labels is not None:
-        recipe = common.eval_recipe(args.image_size)
+    if queries is not None:
         options = {"num_workers": args.num_workers}
-        logits = common.extract_features(backbone, queries, recipe, args.image_size, accelerator, **options)
-        results["top1"] = 100 * (logits.argmax(1) == queries.labels).double().mean().item()
+        results["top1"] = common.top1_accuracy(backbone, queries, args.image_size, accelerator, **options)
         run.say(f"top-1 on {len(queries)} images of {queries.name}: {results['top1']:.2f} %")
     hub.finish(run, source, results)
     return results

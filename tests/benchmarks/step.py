@@ -3,7 +3,6 @@
     python tests/benchmarks/step.py smd [--rounds 12] [--threads 1]   # time: ours, ours without data, theirs
     python tests/benchmarks/step.py moco
     python tests/benchmarks/step.py smd --memory                      # peak memory, each alone in a process
-    python tests/benchmarks/step.py disco --split                     # where a step's time goes, for every trainer
     ACCELERATE_MIXED_PRECISION=bf16 python tests/benchmarks/step.py smd    # ours in bf16, as the launcher asks for it
 
 "Ours" is the trainer itself, `main` and all: between its steps this file takes the clock and runs the other side.
@@ -190,35 +189,6 @@ def measure(args) -> dict[str, list[float]]:
     return seconds
 
 
-def split(args) -> None:
-    """Print the share of a step that goes to the data, to the teacher, and to the network that learns."""
-    spent = {"data": 0.0, "teacher": 0.0}
-
-    def timed(name: str, function: Callable) -> Callable:
-        def run(*arguments):
-            start = wait()
-            result = function(*arguments)
-            spent[name] += wait() - start
-            return result
-
-        return run
-
-    def between(data: common.Batches) -> Iterator[int]:
-        data.batch = timed("data", data.batch)
-        yield from range(2)
-        spent.update(data=0.0, teacher=0.0)
-        start = wait()
-        yield from range(2, 2 + args.rounds)
-        whole = wait() - start
-        parts = {**spent, "student": whole - sum(spent.values())}
-        shares = ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
-        print(f"{args.method}: {whole / args.rounds * 1e3:.1f} ms/step: {shares}")
-        raise Done
-
-    with mock.patch.object(hub.Teacher, "forward", timed("teacher", hub.Teacher.forward)):
-        run_ours(args, between)
-
-
 def peak_memory(args) -> None:
     """Print this process's peak before and after some steps, MiB: on a GPU what torch allocated, else resident."""
 
@@ -251,15 +221,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="theirs: data workers beside the step")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--split", action="store_true")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.split:
-        return split(args)
     if args.method not in THEIRS:
-        parser.error(f"{args.method}: no step of its authors here; --split works for every trainer")
+        parser.error(f"{args.method}: no step of its authors here; split.py shows every trainer's own")
     if args.side:
         return peak_memory(args)
     if args.memory:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -104,7 +105,8 @@ class Layout:
     prefix: str  # of the backbone's and the head's keys
     ignored: tuple[str, ...] = ()  # what else the file may hold
     marker: str = ""  # where the prefix alone does not tell
-    std: tuple[float, float, float] = common.IMAGENET_STD  # that its network was trained with
+    mean: tuple[float, float, float] | None = common.IMAGENET_MEAN  # that its network was trained with;
+    std: tuple[float, float, float] | None = common.IMAGENET_STD  # None: the architecture's own
 
 
 _SWAV_STD = (0.228, 0.224, 0.225)  # src/multicropdataset.py there; 0.228 in the evaluation too
@@ -116,7 +118,8 @@ LAYOUTS = (
     Layout("DINO", "backbone.", ("head.",)),  # a head with GELUs that no method here distils
     Layout("torchvision", ""),
 )
-HEADS = ("projection_head", "fc", "classifier")
+CIFAR = Layout("CIFAR", "", mean=None, std=None)  # SSKD's and RepDistiller's teachers, recognised by their shapes
+HEADS = ("projection_head", "fc", "classifier", "linear")
 # What the authors call a network of timm's.
 ALIASES = {"efficientb0": "efficientnet_b0", "efficientb1": "efficientnet_b1", "mobilenetv3": "mobilenetv3_large_100"}
 
@@ -142,11 +145,13 @@ def open_foreign(path: Path) -> Foreign:
     """An authors' file, recognised by its keys. Raises SystemExit with the remedy if it is none."""
     content = read_foreign(path)
     layout, state = _recognise(content, path)
+    if zoo := _zoo_name(state):
+        layout, state = CIFAR, {_plain(k): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith(layout.ignored)}
     backbone = {k[len(layout.prefix) :]: v for k, v in state.items() if k.startswith(layout.prefix)}
     head_name = next((name for name in HEADS if any(k.startswith(f"{name}.") for k in backbone)), HEADS[0])
     head = {k: backbone.pop(k) for k in list(backbone) if k.startswith(f"{head_name}.")}
-    architecture = str(content.get("arch", "")) or _resnet_name(backbone)
+    architecture = zoo or str(content.get("arch", "")) or _resnet_name(backbone)
     architecture = ALIASES.get(architecture, architecture)
     if "_conv_stem.weight" in backbone:
         architecture = f"tf_{architecture}"  # the authors' EfficientNets pad and normalise as TensorFlow's do
@@ -205,6 +210,23 @@ def _timm_efficientnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
             parts[0] = outside.get(parts[0], parts[0])
         renamed[".".join(parts)] = tensor
     return renamed
+
+
+def _plain(key: str) -> str:
+    """RepDistiller's MobileNetV2 has its classifier in a Sequential, SSKD's has not."""
+    return key.replace("classifier.0.", "classifier.")
+
+
+def _zoo_name(state: dict[str, Tensor]) -> str:
+    """Which of the CIFAR networks has exactly these keys and shapes; "" if none."""
+    shapes = {_plain(k): v.shape for k, v in state.items()}
+    for name, (kind, _) in common.ZOO.items():
+        if (last := shapes.get(f"{kind.head_name}.weight")) is not None:
+            with torch.device("meta"):
+                network = timm.create_model(name, num_classes=last[0])
+            if {k: v.shape for k, v in network.state_dict().items()} == shapes:
+                return name
+    return ""
 
 
 def _resnet_name(state: dict[str, Tensor]) -> str:

@@ -144,7 +144,9 @@ class Run:
                 )
                 self.say(f"data: {data.source.name}, {len(data.source)} images, {how}")
                 side = max(size for _, size in data.views)
-                if side <= 64 and getattr(self.args, "small_images", True) is False and self.args.data != "digits":
+                network = getattr(self.args, "student", getattr(self.args, "backbone", ""))
+                stem = getattr(self.args, "small_images", True) is False and timm.is_model(f"{network}_small")
+                if side <= 64 and stem and self.args.data != "digits":
                     self.say(f"images of {side} px: ResNets learn better with --small-images (3x3 stem, no max-pool)")
             processes, threads = self.accelerator.num_processes, torch.get_num_threads()
             self.say(f"{total_steps - first_step} steps from {first_step} on {processes} x {self.accelerator.device}"
@@ -226,7 +228,8 @@ class Run:
                 beside.mkdir()
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
                 if backbone is not None:
-                    save_backbone(beside, backbone, getattr(self.args, "image_size", 224))
+                    view = {k: v for k, v in vars(self.args).items() if k in ("interpolation", "crop_pct")}
+                    save_backbone(beside, backbone, getattr(self.args, "image_size", 224), **view)
                     save_head(beside, self._head(state, backbone))
                 for file in beside.iterdir():
                     with open(file, "rb") as f:
@@ -309,20 +312,29 @@ class Run:
             self._bar.close()
         sys.exit(143)
 
-    def record_teacher(self, teacher: nn.Module) -> None:
-        """Keep what is known about the teacher, its licence above all, for the release's card."""
+    def record_teacher(self, teacher: nn.Module, role: str = "teacher") -> None:
+        """Keep what is known about the network that this one learns or, in another role, starts from: for the card."""
         facts = ", ".join(f"{k} {v}" for k, v in teacher.facts.items())
-        self.say(f"teacher: {facts}, {teacher.num_features}-d features")
+        self.say(f"{role}: {facts}, {teacher.num_features}-d features")
         if self.accelerator.is_main_process:
-            (self.dir / "teacher.json").write_text(json.dumps(teacher.facts, indent=2) + "\n")
+            (self.dir / "teacher.json").write_text(json.dumps({**teacher.facts, "role": role}, indent=2) + "\n")
 
     def finish(self, source: common.Source | None, results: dict) -> None:
-        """Close the log, write results.json and, where images could not be read, bad_images.txt."""
+        """Close the log, write results.json and, where images could not be read, bad_images.txt.
+
+        results.json holds `results`, the trainer's name, the data's fingerprint and the versions: what a figure needs to
+        be believed later.
+        """
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self.accelerator.is_main_process:
-            (self.dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            facts = json.loads((self.dir / "environment.json").read_text())
+            record = {"trainer": facts["trainer"], **results}
+            if source is not None:
+                record["data_fingerprint"] = source.fingerprint()
+            record["versions"] = {k: facts[k] for k in ("commit", "python", "torch", "torchvision", "timm")}
+            (self.dir / "results.json").write_text(json.dumps(record, indent=2) + "\n")
             if source is not None and source.bad:
                 (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
                 self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
@@ -341,8 +353,10 @@ def _numpy_rng() -> dict:
     return {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest}
 
 
-def save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
-    """model.safetensors and config.json, as timm reads them."""
+def save_backbone(
+    folder: Path, backbone: nn.Module, image_size: int, interpolation: str = "bilinear", crop_pct: float | None = None
+) -> None:
+    """model.safetensors and config.json, as timm reads them; the view is the one that `common.eval_recipe` cuts."""
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     cfg = backbone.pretrained_cfg
@@ -354,8 +368,8 @@ def save_backbone(folder: Path, backbone: nn.Module, image_size: int) -> None:
         "pretrained_cfg": {
             "input_size": [3, image_size, image_size],
             "fixed_input_size": bool(cfg.get("fixed_input_size")),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0 if image_size <= common.RESIDENT_PX else 0.875,
+            "interpolation": interpolation,
+            "crop_pct": crop_pct or (1.0 if image_size <= common.RESIDENT_PX else 0.875),
             "mean": backbone.input_mean.flatten().tolist(),
             "std": backbone.input_std.flatten().tolist(),
             "num_classes": num_classes,

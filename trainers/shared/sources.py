@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,16 @@ class Source:
             where=partial(_nth, self.where, rows),
             file_names=None,  # of no use once the images are chosen
         )
+
+    def fingerprint(self) -> str:
+        """A checksum that tells data sets apart: how many images, their labels, all pixels in memory or 32 files."""
+        crc = zlib.crc32(f"{len(self)}".encode())
+        if self.labels is not None:
+            crc = zlib.crc32(self.labels.numpy().tobytes(), crc)
+        some = range(0, len(self), max(1, len(self) // 32))
+        for part in self.pixels.numpy() if self.pixels is not None else map(self.read, some):
+            crc = zlib.crc32(part, crc)
+        return f"{crc:08x}"
 
     def decode(self, i: int) -> Tensor:
         """Image i as (3, H, W) uint8 RGB; raises ValueError if it is not an image."""
@@ -113,8 +124,9 @@ def open_source(
     """Open `--data`: "digits", an image folder, TSV or parquet files, any `datasets` layout, or a dataset id on the Hub.
 
     `role` chooses the split where `split` names none; "eval" gives None where there is no second split. `subset` is a
-    count ("5000") or a share ("10%") drawn once from `seed`, or a text file of image names, one a line. Small images are decoded into memory unless
-    `resident=False`. Raises SystemExit with the remedy if there are no images, no such split or no such column.
+    count ("5000") or a share ("10%", of every class where there are labels) drawn once from `seed`, or a text file of
+    image names, one a line. Small images are decoded into memory unless `resident=False`. Raises SystemExit with the
+    remedy if there are no images, no such split or no such column.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -133,7 +145,7 @@ def open_source(
 
 
 def _drawn(source: Source, subset: str, seed: int) -> list[int]:
-    """A count or a share of the images, drawn from the seed."""
+    """A count of the images, or a share of them: of every class as of the whole, to one image. Drawn from the seed."""
     n = len(source)
     try:
         count = round(n * float(subset[:-1]) / 100) if subset.endswith("%") else int(subset)
@@ -143,7 +155,15 @@ def _drawn(source: Source, subset: str, seed: int) -> list[int]:
         ) from None
     if not 1 <= count <= n:
         raise SystemExit(f"--subset {subset}: asks for {count} of {n} images")
-    return sorted(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if subset.endswith("%") and source.labels is not None:
+        by_class = source.labels[order].argsort(stable=True)
+        sizes = source.labels.unique(return_counts=True)[1]
+        rank = torch.arange(n) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # within the class, as drawn
+        quantile = torch.empty(n, dtype=torch.float64)
+        quantile[by_class] = (rank.double() + 0.5) / sizes.repeat_interleave(sizes)
+        order = order[quantile.argsort(stable=True)]
+    return sorted(order[:count].tolist())
 
 
 def _named(source: Source, file: Path) -> list[int]:
@@ -424,6 +444,48 @@ def available_cores() -> int:
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def count_classes(data: str, source: Source) -> int:
+    """How many classes there are to learn. Raises SystemExit where there are no labels, or one below 0."""
+    if source.labels is None:
+        raise SystemExit(f"--data {data}: no labels to learn from; class folders or --label-column give them")
+    if (low := int(source.labels.min())) < 0:
+        raise SystemExit(f"--data {data}: holds the label {low}; choose a labelled --split")
+    return max(len(source.classes), int(source.labels.max()) + 1)
+
+
+class OtherClasses:
+    """Draws K images of other classes for every image of a batch, on one device.
+
+    One from each of K equal slices of the N - N_class images, sorted by class and turned round by a random amount: every
+    image is as likely, none comes twice (up to K = N - N_class), and the cost does not grow with N. labels: (N,).
+    """
+
+    def __init__(self, data: str, labels: Tensor, device: torch.device):
+        self.order = labels.argsort(stable=True).to(device)
+        counts = labels.bincount()
+        if (counts > 0).sum() < 2:
+            raise SystemExit(f"--data {data}: all images are of one class, none is a negative of another")
+        self.counts, self.starts = counts.to(device), (counts.cumsum(0) - counts).to(device)
+
+    def draw(self, labels: Tensor, k: int, g: torch.Generator) -> Tensor:
+        """(B,) labels -> (B, k) indices; `g` lives on the device."""
+        own, count = self.starts[labels][:, None], self.counts[labels][:, None]
+        others, slices = len(self.order) - count, torch.arange(k + 1, device=labels.device)
+        edges = slices * others // k
+        width = (edges[:, 1:] - edges[:, :-1]).clamp(min=1)
+        u = torch.rand(len(labels), k + 1, generator=g, device=labels.device, dtype=torch.float32)
+        place = edges[:, :-1] + (u[:, 1:] * width).long() + (u[:, :1] * others).long()
+        place = place % others
+        return self.order[torch.where(place < own, place, place + count)]
+
+
+def labelled_queries(data: str, train: Source, queries: Source | None) -> Source | None:
+    """The evaluation split with its labels in the training split's numbering; None where there are no labels to use."""
+    if queries is None or queries.labels is None or int(queries.labels.min()) < 0:
+        return None
+    return labelled_pair(data, train, queries)[1]
 
 
 def labelled_pair(data: str, train: Source, queries: Source | None) -> tuple[Source, Source]:

@@ -37,12 +37,15 @@ class Recipe:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; PIL's GaussianBlur radius is the standard deviation
     permute: float = 0.0  # probability of shuffling the three channels
+    turns: int | None = None  # quarter turns counter-clockwise, after a flip that all views share and before the crop
 
 
 # facebookresearch/moco main_moco.py @ 64444f4, without --aug-plus: the grey comes before the jitter.
 MOCO_V1 = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_prob=1.0, grey=0.2, grey_first=True)
 # facebookresearch/moco main_moco.py @ 64444f4, --aug-plus; simsiam main_simsiam.py @ a7bc177 has the same.
 MOCO_V2 = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=0.5)
+# facebookresearch/swav src/multicropdataset.py @ 06b1b7c: the large crops; the small ones differ by their scale alone.
+SWAV_MULTICROP = Recipe(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), grey=0.2, blur=0.5)
 # facebookresearch/moco main_lincls.py @ 64444f4: torchvision's RandomResizedCrop as it is, and a flip.
 LINEAR = Recipe()
 # He et al. 2016, section 4.2: four pixels of padding and a flip; torchvision RandomCrop(32, padding=4).
@@ -52,8 +55,18 @@ EVAL = Recipe(crop="centre", flip=0.0)
 # Ours, for the embedded digits: a flip or a tight crop would change the digit, the colours carry nothing.
 DIGITS = Recipe(scale=(0.6, 1.0), flip=0.0, grey=0.2, permute=0.8)
 RECIPES = {
-    "moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "linear": LINEAR, "cifar": CIFAR, "eval": EVAL, "digits": DIGITS,
+    "moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "multi_crop": SWAV_MULTICROP,
+    "linear": LINEAR, "cifar": CIFAR, "eval": EVAL, "digits": DIGITS,
 }  # fmt: skip
+
+
+def rotations(recipe: Recipe) -> tuple[Recipe, ...]:
+    """Four views of an image for tasks on rotations: k x 90 degrees, one flip before, a crop (and colours) of its own."""
+    return tuple(replace(recipe, turns=k) for k in range(4))
+
+
+# xuguodong03/SSKD cifar.py and student.py @ 661b972: flip, np.rot90, then RandomCrop(32, padding=4) for each of the four.
+SSKD_ROTATIONS = rotations(CIFAR)
 
 
 def ssl_small(jitter: float, grey: float, blur: float) -> Recipe:
@@ -83,8 +96,11 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def uniforms(seed: int, epoch: int, indices: Tensor, view: int, count: int) -> Tensor:
-    """Numbers in [0, 1), a pure function of (seed, epoch, sample index, view, column). (B,) -> (B, count) float64."""
+def uniforms(seed: int, epoch: int | np.ndarray, indices: Tensor, view: int, count: int) -> Tensor:
+    """Numbers in [0, 1), a pure function of (seed, epoch, sample index, view, column). (B,) -> (B, count) float64.
+
+    One epoch for all samples, or one each (B,).
+    """
     step = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment; arrays throughout, they wrap without a warning
     state = np.zeros(1, np.uint64)
     for word in (seed, epoch, view, indices.numpy()):
@@ -120,12 +136,22 @@ def _middle_boxes(recipe: Recipe, size: int, heights: np.ndarray, widths: np.nda
 
 
 def sample_params(
-    recipe: Recipe, seed: int, epoch: int, indices: Tensor, view: int, heights: Tensor, widths: Tensor, size: int
+    recipe: Recipe,
+    seed: int,
+    epoch: int | np.ndarray,
+    indices: Tensor,
+    view: int,
+    heights: Tensor,
+    widths: Tensor,
+    size: int,
 ) -> Params:
     """The parameters of one view, distributed like torchvision's. indices, heights, widths: (B,), size: the output."""
     # Every recipe reads the same columns, so that changing one part of a recipe leaves the rest of a view as it was.
     u = uniforms(seed, epoch, indices, view, 34).numpy()
     heights, widths = heights.numpy().astype(np.float64), widths.numpy().astype(np.float64)
+    if recipe.turns is not None:
+        u[:, 22] = uniforms(seed, epoch, indices, 0, 23).numpy()[:, 22]  # the first view's flip
+        heights, widths = (widths, heights) if recipe.turns % 2 else (heights, widths)
     if recipe.crop == "resized":
         box = _resized_boxes(recipe, u, heights, widths)
     elif recipe.crop == "padded":
@@ -177,17 +203,26 @@ def _pieces(count: int, pixels: int, device: torch.device) -> list[slice]:
     return [slice(at, at + length) for at in range(0, count, length)]
 
 
+def _turn(images: Tensor, flip: Tensor, turns: int) -> Tensor:
+    """Flip those of (B, 3, H, W) images that `flip` names, then turn all of them by `turns` x 90 degrees."""
+    flip = flip.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(flip, images.flip(3), images).rot90(turns, (2, 3))
+
+
 def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Tensor:
     """Resident path: crop, antialiased resize and flip as two matrix products; float images keep dtype and range.
 
     images: (B, 3, H, W) uint8, any device -> (B, 3, size, size) float32 in [0, 1].
     """
+    flip = params.flip
+    if recipe.turns is not None:
+        images, flip = _turn(images, flip, recipe.turns), torch.zeros_like(flip)
     count, _, height, width = images.shape
     gain, dtype = (1.0, images.dtype) if images.is_floating_point() else (255.0, torch.float32)
     if recipe.crop == "centre" and recipe.crop_pct == 1 and height == width == size and not recipe.flip:
         return images / gain
     top, left, h, w = params.box.unbind(1)
-    left, w = torch.where(params.flip, left + w, left), torch.where(params.flip, -w, w)
+    left, w = torch.where(flip, left + w, left), torch.where(flip, -w, w)
     out = images.new_empty(count, 3, size, size, dtype=dtype)
     for at in _pieces(count, max(height * width, size * size), images.device):
         y = images[at].to(dtype)
@@ -201,7 +236,9 @@ def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Ten
 
 def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe) -> Tensor:
     """Streamed path, in a worker: the same boxes, torch's uint8 kernels. (3, H, W) -> (3, size, size) uint8."""
-    mode = InterpolationMode(recipe.interpolation)
+    mode, flip = InterpolationMode(recipe.interpolation), bool(params.flip[row])
+    if recipe.turns is not None:
+        image, flip = _turn(image[None], params.flip[row : row + 1], recipe.turns)[0], False
     if recipe.crop == "centre":
         out = tvf.center_crop(tvf.resize(image, [int(size / recipe.crop_pct)], mode, antialias=True), [size, size])
     else:
@@ -209,7 +246,7 @@ def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe)
         out = tvf.crop(image, top, left, height, width)  # zeros outside, which only "padded" reaches
         out = out[None].contiguous(memory_format=torch.channels_last)[0]  # the layout that torch's uint8 kernel likes
         out = tvf.resize(out, [size, size], mode, antialias=True)
-    return (out.flip(2) if params.flip[row] else out).contiguous()
+    return (out.flip(2) if flip else out).contiguous()
 
 
 def _luma(x: Tensor) -> Tensor:
