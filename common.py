@@ -36,6 +36,7 @@ from trainers.shared.adapters import GaussianRegressor, MapRegressor, Shape, Uni
 from trainers.shared.boxes import (
     Annotated,
     average_precision,
+    boxes_inside,
     draw_objects,
     object_bitmap,
     open_objects,
@@ -465,15 +466,16 @@ class FeatureMaps(nn.Module):
         try:
             if config.get("fixed_input_size"):
                 mean, std = (value.flatten().tolist() for value in (backbone.input_mean, backbone.input_std))
-                state, backbone = (
-                    backbone.state_dict(),
-                    create_backbone(name, mean=mean, std=std, dynamic_img_size=True),
-                )
+                state = backbone.state_dict()
+                backbone = create_backbone(name, mean=mean, std=std, dynamic_img_size=True)
                 backbone.load_state_dict(state)
             with torch.no_grad():
                 maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, 256, 256), intermediates_only=True)
-        except (TypeError, AttributeError, AssertionError, RuntimeError):
-            raise SystemExit(f"{name} gives no feature maps of images of any size; choose another network") from None
+            prune = backbone.prune_intermediate_layers  # timm's; the CIFAR networks have none
+        except (TypeError, AttributeError, AssertionError, RuntimeError) as error:
+            raise SystemExit(
+                f"{name} gives no feature maps of images of any size ({first_line(error)}); choose another network"
+            ) from None
         last = {256 // m.shape[-1]: i for i, m in enumerate(maps)}
         self.indices = [last[stride] for stride in sorted(last) if stride >= 4] if stage is None else [stage]
         self.strides = [256 // maps[i].shape[-1] for i in self.indices]
@@ -481,7 +483,7 @@ class FeatureMaps(nn.Module):
         self.single = stage is None and len(self.indices) == 1
         if self.single:
             self.strides, self.channels = [4, 8, 16, 32], self.channels * 4
-        backbone.prune_intermediate_layers(self.indices, prune_norm=not self.single)
+        prune(self.indices, prune_norm=not self.single)
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

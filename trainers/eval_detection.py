@@ -161,11 +161,18 @@ class Scenes(common.Crops):
         new = [round(height * scale), round(width * scale)]
         things = common.usable_objects(self.objects[index])
         boxes = box_convert(torch.tensor([t["bbox"] for t in things], dtype=torch.float64), "xywh", "xyxy")
+        boxes, inside = common.boxes_inside(boxes, height, width)
+        kept, outside = (rows.nonzero().flatten().tolist() for rows in (inside, ~inside))
+        for box in [things[i]["bbox"] for i in outside]:
+            why = f"the box {box} lies outside the image of {width} x {height} px (--box-format?)"
+            bad.append((index, f"{self.source.where(index)}: {why}"))
+        boxes, things = boxes[kept], [things[i] for i in kept]
         boxes *= torch.tensor([new[1] / width, new[0] / height] * 2)
         scene = {"image": tvf.resize(image, new, antialias=True), "boxes": boxes, "index": index}
-        scene["labels"] = torch.tensor([t["category_id"] for t in things])
+        scene["labels"] = torch.tensor([t["category_id"] for t in things], dtype=torch.int64)
         if self.masks:
-            masks = torch.stack([common.object_bitmap(t["segmentation"], height, width) for t in things])
+            masks = [common.object_bitmap(t["segmentation"], height, width) for t in things]
+            masks = torch.stack(masks) if things else torch.zeros(0, height, width, dtype=torch.uint8)
             scene["masks"] = tvf.resize(masks, new, tvf.InterpolationMode.NEAREST)
         if flip < 0.5:
             boxes[:, [0, 2]] = new[1] - boxes[:, [2, 0]]
@@ -385,6 +392,7 @@ def main(args: Args) -> dict[str, float]:
     test = common.open_objects(args.data, "eval", split=args.query_split, classes=train.classes, **columns)
     if test is None:
         raise SystemExit(f"--data {args.data}: no split to evaluate on; name one with --query-split")
+    unused = sum(len(things) - len(common.usable_objects(things)) for things in train.objects)
     train = train.take([i for i, things in enumerate(train.objects) if common.usable_objects(things)])
     for each in (train, test):
         if args.masks and any("segmentation" not in t for things in each.objects for t in things):
@@ -414,6 +422,8 @@ def main(args: Args) -> dict[str, float]:
     first_step = run.resume(state) if args.resume else 0
     # --- end shared block ---
     run.say(f"{len(train)} images to train on, {epochs:.1f} passes, {len(test)} to evaluate on")
+    if unused:
+        run.say(f"{unused} objects are crowds or have no area: not trained on")
 
     for step in run.start(first_step, total_steps, data):
         images, targets, seeds = data.scenes(step)
@@ -457,7 +467,7 @@ def main(args: Args) -> dict[str, float]:
     counts = {"train_images": len(train), "query_images": len(test)}
     results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **counts, **figures, "flags": flags}
     train.source.bad = dict(enumerate([*train.source.bad.values(), *test.source.bad.values()]))
-    run.finish(train.source, results)
+    run.finish(train, results)
     return figures
 
 

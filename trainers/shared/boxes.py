@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,15 @@ class Annotated:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        return self.source.bad
+
+    def fingerprint(self) -> str:
+        """A checksum of the images, as their source has it, and of all boxes and classes."""
+        boxes = [(t["name"], *t["bbox"]) for things in self.objects for t in things]
+        return f"{zlib.crc32(json.dumps(boxes).encode(), int(self.source.fingerprint(), 16)):08x}"
 
     def take(self, keep: Sequence[int]) -> "Annotated":
         """The images of these indices, in this order."""
@@ -88,7 +98,9 @@ def open_objects(
             return None
         known = {thing["name"] for things in found.objects for thing in things}
     if not any(map(usable_objects, found.objects)):
-        raise SystemExit(f"--data {data}: no object in any of its {len(found)} images; is it the right split?")
+        raise SystemExit(
+            f"--data {data}: no object of some area in any of its {len(found)} images; is it the right split, and box format?"
+        )
     found.classes = list(classes or sorted(known))
     if unknown := sorted(known - set(found.classes)):
         raise SystemExit(
@@ -172,6 +184,8 @@ def _open_coco(data: str, path: Path, splits: dict, name: str):
         found: dict[int, list[dict]] = {number: [] for number in images}
         for each in content["annotations"]:
             kept = {key: each[key] for key in ("area", "iscrowd", "segmentation") if each.get(key)}
+            if each["category_id"] not in names or each["image_id"] not in found:
+                raise ValueError(f"annotation {each.get('id')} is of a category or an image that is not listed")
             found[each["image_id"]].append(_thing(names[each["category_id"]], each["bbox"], **kept))
         files = [each["file_name"] for each in images.values()]
         sizes = [(each.get("height", 0), each.get("width", 0)) for each in images.values()]
@@ -242,6 +256,13 @@ def usable_objects(things: list[dict]) -> list[dict]:
     return [t for t in things if not t["iscrowd"] and min(t["bbox"][2:]) > 0]
 
 
+def boxes_inside(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Boxes (N, 4) as corners, cut at the image's edge, and (N,) bool: those of which at least a tenth is in the image."""
+    cut = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+    area, left = ((each[:, 2:] - each[:, :2]).clamp(min=0).prod(1) for each in (boxes, cut))
+    return cut, left >= 0.1 * area
+
+
 def object_bitmap(segmentation: list | dict, height: int, width: int) -> Tensor:
     """COCO's polygons or run lengths -> (H, W) uint8."""
     from pycocotools import mask
@@ -284,9 +305,9 @@ def average_precision(annotated: Annotated, found: list[dict], kind: Literal["bb
 
 
 def draw_objects(annotated: Annotated, found: list[dict], count: int, folder: Path) -> None:
-    """The first images as PNG, with their true and their found boxes."""
+    """The first readable images as PNG, with their true and their found boxes."""
     folder.mkdir(exist_ok=True)
-    for i in range(min(count, len(annotated))):
+    for i in [i for i in range(len(annotated)) if i not in annotated.bad][:count]:
         sure = [t for t in found if t["image_id"] == i and t["score"] >= 0.5]
         image = annotated.source.decode(i)
         for things, colour in ((annotated.objects[i], "lime"), (sure, "red")):
