@@ -9,13 +9,15 @@ feature maps. Everything but the last layers is the checkpoint's and nothing is 
 Reference code: github.com/facebookresearch/moco @ 64444f4, detection/; github.com/Yuting-Gao/DisCo-pytorch @ 1d732c8 for
 its settings, the defaults here. Both run on Detectron2. Differences from them:
   D1. torchvision's parts where they differ: smooth L1 (beta 1/9) on boxes, there L1; RoIAlign of 2 x 2 samples a bin
-      without the half-pixel shift, there as many as the box asks for, with it; masks cropped from bitmaps, not polygons.
+      without the half-pixel shift, there as many as the box asks for, with it; masks cropped from bitmaps, not polygons;
+      the last layers start as torch's Linear does, there from N(0, 0.01) and N(0, 0.001).
   D2. Every loss is a mean over what was drawn from the global batch, there from a GPU's; images are padded to the largest
       of the global batch, because BatchNorm sees the padding. Which anchors and proposals are drawn follows from (seed,
       epoch, image). Images are not grouped by aspect ratio.
   D3. The BatchNorm statistics that the training left, there measured anew on 200 batches ("precise BN").
   D4. Inputs are normalised as in pre-training. DisCo's pascal_voc_R_50_C4_24k_moco.yaml states that too, but under the
-      first of two MODEL keys, of which YAML keeps the last; the first BatchNorm undoes most of it.
+      first of two MODEL keys, of which YAML keeps the last; the first BatchNorm undoes most of it. STRIDE_IN_1X1 is lost
+      with it; here a bottleneck's stride is where the checkpoint has it.
   D5. AP is COCO's on VOC as well. AP50_11point is VOC 2007's metric as far as COCO's matching allows (precision at 11
       recalls, difficult objects left out): near the authors' AP50, not the official tool's.
 
