@@ -310,9 +310,11 @@ def draw_objects(annotated: Annotated, found: list[dict], count: int, folder: Pa
     for i in [i for i in range(len(annotated)) if i not in annotated.bad][:count]:
         sure = [t for t in found if t["image_id"] == i and t["score"] >= 0.5]
         image = annotated.source.decode(i)
+        scale = max(1, 512 // max(image.shape[1:]))  # names are readable on small images too
+        image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         for things, colour in ((annotated.objects[i], "lime"), (sure, "red")):
             names = [annotated.classes[t["category_id"] - 1] for t in things]
             texts = [f"{n} {t['score']:.2f}" if "score" in t else n for n, t in zip(names, things, strict=True)]
-            boxes = box_convert(torch.tensor([t["bbox"] for t in things]).view(-1, 4), "xywh", "xyxy")
+            boxes = scale * box_convert(torch.tensor([t["bbox"] for t in things]).view(-1, 4), "xywh", "xyxy")
             image = draw_bounding_boxes(image, boxes, texts, colour, width=2) if things else image
         write_png(image, str(folder / f"{i:04}.png"))
