@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -125,3 +126,7 @@ def resnet10_scenes(pretrained: bool = False, **kwargs) -> ResNet:
     """A ResNet that learns from scratch on one core in seconds."""
     plan = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 32, 48, 64), "stem_width": 16}
     return build_model_with_cfg(ResNet, "resnet10_scenes", pretrained, **{**plan, **kwargs})
+
+
+if __name__ == "__main__":  # python tests/scenes.py FOLDER: the set of configs/eval_detection/scenes_cpu.toml
+    write_scenes(Path(sys.argv[1]), tiny_imagenet(), train=128, val=32)
