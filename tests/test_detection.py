@@ -551,23 +551,20 @@ def learn(pictures: dict, folder: Path, network="resnet10_scenes", **flags) -> t
 
 def test_a_short_run_learns_to_find_and_cut_out_digits(tmp_path):
     untrained, trained = learn(coloured_digits(), tmp_path, masks=True)
-    print(untrained, trained)
     assert untrained["box_AP50"] < 5 and trained["box_AP50"] > 50 and trained["box_AP"] > 20
-    assert untrained["mask_AP50"] < 5 and trained["mask_AP50"] > 50
+    assert untrained["mask_AP50"] < 5 and trained["mask_AP50"] > 50  # measured: boxes 63.7 (AP 31.5), masks 64.0
 
 
 def test_a_pyramid_on_no_resnet_learns_too(tmp_path):
     flags = {"min_sizes": (96,), "test_size": 96, "max_size": 96, "anchor_scale": 6.0}
     flags |= {"detector": "fpn", "total_steps": 80, "milestones": (64,), "base_lr": 0.02, "roi_samples": 32}
     untrained, trained = learn(coloured_digits(), tmp_path, "test_efficientnet", **flags)
-    print(untrained, trained)
     assert untrained["box_AP50"] < 5 and trained["box_AP50"] > 20
 
 
 def test_a_short_run_learns_to_find_real_images(real_images, tmp_path):
     untrained, trained = learn(tiny_imagenet(), tmp_path)
-    print(untrained, trained)
-    assert untrained["box_AP50"] < 5 and trained["box_AP50"] > 20
+    assert untrained["box_AP50"] < 5 and trained["box_AP50"] > 20  # measured: 0.3 and 37.1
 
 
 def small_table(folder: Path) -> Path:
