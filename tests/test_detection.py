@@ -556,10 +556,10 @@ def test_a_short_run_learns_to_find_and_cut_out_digits(tmp_path):
 
 
 def test_a_pyramid_on_no_resnet_learns_too(tmp_path):
-    flags = {"min_sizes": (96,), "test_size": 96, "max_size": 96, "anchor_scale": 6.0}
+    flags = {"min_sizes": (64,), "test_size": 64, "max_size": 64, "anchor_scale": 4.0}
     flags |= {"detector": "fpn", "total_steps": 80, "milestones": (64,), "base_lr": 0.02, "roi_samples": 32}
     untrained, trained = learn(coloured_digits(), tmp_path, "test_efficientnet", **flags)
-    assert untrained["box_AP50"] < 5 and trained["box_AP50"] > 20
+    assert untrained["box_AP50"] < 5 and trained["box_AP50"] > 20  # measured: 73.9 (AP 34.5)
 
 
 def test_a_short_run_learns_to_find_real_images(real_images, tmp_path):
