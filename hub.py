@@ -4,15 +4,16 @@
     python hub.py push runs/smd org/name       # build and upload it
     python hub.py pull org/name                # its inverse
     python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
-    python hub.py list                         # the official teachers that --teacher knows by name
+    python hub.py list [FOLDER]                # the official teachers that --teacher knows by name, and your runs
     python hub.py to-detectron2 runs/smd OUT.pkl    # a ResNet by the names that Detectron2 reads
     python hub.py report RUN RUN ...           # one table over many runs and evaluations
 
 Nothing in here knows a loss.
 """
 
-import ast
 import difflib
+import errno
+import filecmp
 import json
 import os
 import pickle
@@ -20,7 +21,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 
 import common
 
-# Chapters that would make this file too long to read: the authors' own files, the run folder.
+# Chapters that would make this file too long to read: the model card, the authors' own files, the run folder.
+from trainers.shared.card import contradicts, is_ours, read_json, read_licence, set_licence, write_card
 from trainers.shared.official import HOW_TO_GET_A_TEACHER, TEACHERS, download, open_foreign
 from trainers.shared.run import Run, checkpoints
 
@@ -112,6 +115,7 @@ def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) 
     own = backbone.state_dict()
     fresh = {k: own[k] for k in _classifier_keys(backbone.pretrained_cfg, own)}
     load_strictly(backbone, {**fresh, **found.backbone.state_dict()}, f"--init-from {spec}")
+    backbone.started_from = found.facts  # its licence binds what is made of it
     if head is None or found.head is None:
         return False
     mine, theirs = ({k: v.shape for k, v in h.state_dict().items()} for h in (head, found.head))
@@ -151,8 +155,7 @@ def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
         unwanted = _classifier_keys(cfg, state)
         state = {k: v for k, v in state.items() if k not in unwanted}
     load_strictly(backbone, state, str(folder))
-    card = folder / "README.md"
-    licence = next((line[9:].strip() for line in card.read_text().splitlines() if line.startswith("license:")), "unknown") if card.exists() else "unknown"  # fmt: skip
+    licence = read_licence(folder / "README.md")
     facts = {**facts, "architecture": architecture, "format": "release", "licence": licence}
     file = folder / "head.safetensors"
     head = _build_head(_read_tensors(file), "head", backbone.num_features, str(file)) if file.exists() else None
@@ -251,8 +254,6 @@ def digits_teacher(run: Run) -> str:
 # Releases and the Hub
 # ---------------------------------------------------------------------------------------------------------------------
 
-NON_COMMERCIAL = ("-nc", "noncommercial", "non-commercial", "research")
-
 
 def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     """End a training run: close its log, build its release folder and, with --push-to-hub, upload that."""
@@ -260,7 +261,7 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     release = run.dir / "release"
     if run.accelerator.is_main_process:
         build_release(run.dir)
-        config = _read_json(release / "config.json")
+        config = read_json(release / "config.json")
         load = "import common, timm" if is_ours(config["architecture"]) else "import timm"
         without = ", num_classes=0" if config["num_classes"] else ""
         run.say(f"\nrelease: {release}\n\n  {load}")
@@ -275,23 +276,23 @@ def finish(run: Run, source: common.Source | None, results: dict) -> Path:
     return release
 
 
-def is_ours(architecture: str) -> bool:
-    """Whether timm knows this network only after `import common`."""
-    return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
+def build_release(run_dir: str | Path, evaluations: Sequence[str | Path] = ()) -> Path:
+    """release/ of a run: model.safetensors and config.json (what timm loads), README.md, the model card with its
+    training.png, and, where the method trains a projection head, head.safetensors. Offline.
 
-
-def build_release(run_dir: str | Path) -> Path:
-    """release/ of a run: model.safetensors and config.json (what timm loads), README.md, the model card, and, where the
-    method trains a projection head, head.safetensors. Offline.
-
-    Takes the newest checkpoint. Written beside and renamed into place. Raises SystemExit if the run has none.
+    Takes the newest checkpoint; files that were exported from just these weights stay. `evaluations` are run folders of
+    evaluations, for the card. Written beside and renamed into place. Raises SystemExit if the run has no checkpoint or an
+    evaluation no results.
     """
-    run_dir = Path(run_dir)
+    run_dir, evaluations = Path(run_dir), [Path(e) for e in evaluations]
     newest = next((c for c in checkpoints(run_dir) if (c / "model.safetensors").exists()), None)
     if newest is None:
         raise SystemExit(
             f"{run_dir}: no checkpoint to release; a run writes one every --save-every steps and at its end"
         )
+    for evaluation in evaluations:
+        if not read_json(evaluation / "results.json"):
+            raise SystemExit(f"--evals {evaluation}: no results.json; an evaluation writes it at its end")
     release, beside = run_dir / "release", run_dir / ".release"
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -299,7 +300,12 @@ def build_release(run_dir: str | Path) -> Path:
         for name in ("model.safetensors", "config.json", "head.safetensors"):
             if (newest / name).exists():
                 shutil.copy(newest / name, beside)
-        (beside / "README.md").write_text(_model_card(run_dir, newest))
+        write_card(beside, run_dir, newest, evaluations)
+        before = release / "model.safetensors"
+        if before.exists() and filecmp.cmp(before, beside / "model.safetensors", shallow=False):
+            for file in release.iterdir():
+                if file.is_file() and not (beside / file.name).exists():
+                    shutil.copy(file, beside)
         shutil.rmtree(release, ignore_errors=True)
         os.replace(beside, release)
     except OSError as error:
@@ -308,74 +314,6 @@ def build_release(run_dir: str | Path) -> Path:
             f"{release}: {error.strerror}; once it can be written: python hub.py build {run_dir}"
         ) from None
     return release
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _licence(run_dir: Path) -> str:
-    """What the weights may be used for: our code's licence unless the teacher's weights ask for more."""
-    teacher = _read_json(run_dir / "teacher.json").get("licence", "apache-2.0")
-    return "apache-2.0" if teacher in ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause") else teacher
-
-
-def _model_card(run_dir: Path, checkpoint: Path) -> str:
-    args, facts = _read_json(run_dir / "args.json"), _read_json(run_dir / "environment.json")
-    teacher, results = _read_json(run_dir / "teacher.json"), _read_json(run_dir / "results.json")
-    config = json.loads((checkpoint / "config.json").read_text())
-    cfg = config["pretrained_cfg"]
-    source = run_dir / f"{facts.get('trainer')}.py"
-    title = (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()[0] if source.exists() else ""
-    licence = _licence(run_dir)
-    data = args.get("data", "unknown")
-    data = Path(data).name if Path(data).is_absolute() else data  # a card names no path of the training machine
-    flags = {
-        k: v
-        for k, v in args.items()
-        if k not in ("run_dir", "config", "teacher", "checkpoint", "data", "push_to_hub", "init_from")
-    }
-    role = teacher.get("role", "teacher")  # or the checkpoint that a fine-tuned network started from
-    size, feature = cfg["input_size"][-1], config["num_features"]
-    own = "import common  # registers this architecture; clone cleandistill first\n" if is_ours(config["architecture"]) else ""  # fmt: skip
-    without = ", num_classes=0" if config["num_classes"] else ""  # features, not the classifier's logits
-    rows = "".join(f"| {k} | {v:.2f} |\n" for k, v in results.items() if isinstance(v, float))
-    return f"""---
-license: {licence}
-library_name: timm
-tags: [image-feature-extraction, timm, cleandistill, {facts.get("trainer", "")}]
----
-# {config["architecture"]}, {title}
-
-Trained with cleandistill ({facts.get("trainer")}.py, step {int(checkpoint.name[5:])}, commit {facts.get("commit")}).
-
-```python
-{own}import timm
-model = timm.create_model("hf-hub:ORG/NAME", pretrained=True{without})  # or "local-dir:this/folder"
-features = model.eval()(x)  # x: (B, 3, {size}, {size}), normalised with mean {cfg["mean"]}, std {cfg["std"]}; {feature}-d
-```
-
-| | |
-|---|---|
-| architecture | {config["architecture"]}{f", {config['num_classes']} classes" if config["num_classes"] else ""} |
-| {role} | {teacher.get("source", "none")} {f"({teacher['architecture']})" if teacher else ""} |
-| data | {data} |
-{rows}
-## Licence chain
-
-| part | licence |
-|---|---|
-| code | apache-2.0 |
-| {role} | {teacher.get("licence", "none used")} |
-| data | {"CC BY 4.0 (UCI optical digits)" if data == "digits" else "as its owners say"} |
-| **these weights** | **{licence}** |
-
-## Flags
-
-```json
-{json.dumps(flags, indent=1)}
-```
-"""
 
 
 def to_detectron2(spec: str | Path, out: str | Path) -> str:
@@ -427,47 +365,65 @@ def to_detectron2(spec: str | Path, out: str | Path) -> str:
     return "INPUT.FORMAT RGB " + " ".join(f"MODEL.{key} {value}" for key, value in settings.items())
 
 
-def push(
-    folder: str | Path, repo_id: str, *, licence: str = "", accept_licence: bool = False, private: bool = False
-) -> str:
-    """Upload a run's release (built first) or a release folder to the Hub; returns its address.
+RETRY_SECONDS = (1, 2, 4, 8)  # between attempts, for what may pass; the client's own uploads wait about as long
 
-    `licence` replaces the card's; one that drops a non-commercial condition is refused without `accept_licence`.
-    Raises SystemExit with one line: no such folder, no token, no right, no connection.
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    licence: str = "",
+    accept_licence: bool = False,
+    private: bool = False,
+    evaluations: Sequence[str | Path] = (),
+) -> str:
+    """Upload a run's release (built first, see build_release) or a release folder to the Hub, in one commit.
+
+    `licence` replaces the card's; one that contradicts the licence chain is refused without `accept_licence`. The folder
+    stays as it is; the card that goes up names the repository. Returns its address. Raises SystemExit with one line: no
+    such folder, no token, no right, no connection.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder)
     if not (folder / "config.json").exists() or checkpoints(folder):
-        folder = build_release(folder)
-    card = folder / "README.md"
-    lines = card.read_text().splitlines() if card.exists() else ["---", "license: unknown", "---"]
-    chain = next((line[9:] for line in lines if line.startswith("license:")), "unknown")
-    if licence and licence != chain:
-        asked, bound = (any(mark in text.lower() for mark in NON_COMMERCIAL) for text in (licence, chain))
-        if bound and not asked and not accept_licence:
-            raise SystemExit(
-                f"--licence {licence}: the teacher's weights ask for {chain}; --accept-licence takes it upon you"
-            )
-        card.write_text(
-            "\n".join(f"license: {licence}" if line.startswith("license:") else line for line in lines) + "\n"
+        folder = build_release(folder, evaluations)
+    elif evaluations:
+        raise SystemExit(f"--evals: {folder} is a release folder; figures are added when its run is pushed")
+    card = (folder / "README.md").read_text() if (folder / "README.md").exists() else "---\nlicense: unknown\n---\n"
+    chain = read_licence(folder / "README.md")
+    if licence and contradicts(licence, chain) and not accept_licence:
+        raise SystemExit(
+            f"--licence {licence}: what these weights come from asks for {chain}; --accept-licence takes it upon you"
         )
+    card = set_licence(card, licence or chain).replace("ORG/NAME", repo_id)
+    files = [CommitOperationAdd("README.md", card.encode())]
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name != "README.md":
+            files.append(CommitOperationAdd(file.name, str(file)))
     try:
         api = HfApi()
-        api.create_repo(repo_id, exist_ok=True, private=private or None)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="cleandistill release")
+        # The client repeats by itself what belongs to an upload, but not this.
+        _patiently(lambda: api.create_repo(repo_id, exist_ok=True, private=private or None))
+        api.create_commit(repo_id, files, commit_message="cleandistill release")
         return f"{api.endpoint}/{repo_id}"
     except Exception as error:  # the Hub client's own, those of its HTTP library (it changed that), the system's
         raise SystemExit(_hub_problem("push", repo_id, error)) from None
 
 
 def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | None = None) -> Path:
-    """A release's folder from the Hub (or its local cache), with the files that build_release writes."""
+    """A release's folder from the Hub (or its local cache), whole, with the files that build_release writes.
+
+    Any timm model's repository does. What an interrupted download left is used by the next one. Raises SystemExit with
+    one line: no such repository or revision, no right, no connection, no space.
+    """
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "model.safetensors", "head.safetensors", "README.md"]
+    files = ["config.json", "model.safetensors", "head.safetensors", "README.md", "training.png", "model.onnx"]
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
+        folder = _patiently(
+            lambda: Path(snapshot_download(repo_id, revision=revision, local_dir=local_dir, allow_patterns=files))
+        )
     except Exception as error:
         raise SystemExit(_hub_problem("pull", repo_id, error)) from None
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
@@ -475,6 +431,28 @@ def pull(repo_id: str, *, revision: str | None = None, local_dir: str | Path | N
             f"{repo_id}: no config.json and model.safetensors there; not a release of ours nor a timm model"
         )
     return folder
+
+
+def _patiently(call: Callable):
+    """`call` again after RETRY_SECONDS where the Hub is overloaded or the connection broke; anything else at once."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return call()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            print(f"{common.first_line(error)}: trying again in {seconds} s", file=sys.stderr)
+            time.sleep(seconds)
+    return call()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may well work in a moment."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    if code is not None:
+        return code in (408, 429, 500, 502, 503, 504)
+    names = {kind.__name__ for kind in type(error).__mro__}  # its HTTP library's, whose package changed
+    return bool(names & {"TransportError", "ConnectionError", "TimeoutError"}) and "OfflineModeIsEnabled" not in names
 
 
 def _hub_problem(verb: str, repo_id: str, error: Exception) -> str:
@@ -488,8 +466,16 @@ def _hub_problem(verb: str, repo_id: str, error: Exception) -> str:
         remedy = "check the name (org/name); if it is private, log in: hf auth login"
     elif kind == "HFValidationError":
         remedy = "the name must be org/name"
+    elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free space there, or choose another folder (--to, or HF_HOME for the cache)"
     elif code in (401, 403) or "token" in reason.lower():
         remedy = f"log in{right}: hf auth login"
+    elif code == 429 or code is not None and code >= 500:
+        remedy = "the Hub is busy: try again later"
+    elif (
+        kind == "OfflineModeIsEnabled" or kind == "LocalEntryNotFoundError" and os.environ.get("HF_HUB_OFFLINE") == "1"
+    ):
+        remedy = "HF_HUB_OFFLINE is set: unset it to reach the Hub"
     else:
         remedy = "check the connection and try again"
     return f"{verb} {repo_id}: {kind}: {reason}; {remedy}"
@@ -500,28 +486,37 @@ def _hub_problem(verb: str, repo_id: str, error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _build(run_dir: Path, /) -> None:
+def _build(run_dir: Path, /, evals: tuple[Path, ...] = ()) -> None:
     """Build the release folder of a run.
 
     Args:
         run_dir: the run's folder
+        evals: run folders of evaluations whose figures the card shows
     """
-    print(build_release(run_dir))
+    print(build_release(run_dir, evals))
 
 
 def _push(
-    folder: Path, repo_id: str, /, licence: str = "", accept_licence: bool = False, private: bool = False
+    folder: Path,
+    repo_id: str,
+    /,
+    licence: str = "",
+    accept_licence: bool = False,
+    private: bool = False,
+    evals: tuple[Path, ...] = (),
 ) -> None:
     """Upload a run's release to the Hugging Face Hub.
 
     Args:
         folder: a run folder or a release folder
         repo_id: org/name on the Hub
-        licence: the card's licence, instead of the one that the teacher's weights ask for
-        accept_licence: take a licence that contradicts the teacher's upon you
+        licence: the card's licence, instead of the one that teacher and data ask for
+        accept_licence: take a licence that contradicts theirs upon you
         private: make the repository private if it is made
+        evals: run folders of evaluations whose figures the card shows
     """
-    print(push(folder, repo_id, licence=licence, accept_licence=accept_licence, private=private))
+    address = push(folder, repo_id, licence=licence, accept_licence=accept_licence, private=private, evaluations=evals)
+    print(address)
 
 
 def _pull(repo_id: str, /, revision: str | None = None, to: Path | None = None) -> None:
@@ -560,12 +555,12 @@ def report(runs: Sequence[Path]) -> str:
     table: dict[str, dict[str, float]] = {}  # row -> {column: figure}
     columns: list[str] = []
     for run in runs:
-        results = _read_json(run / "results.json")
+        results = read_json(run / "results.json")
         if not results:
             raise SystemExit(f"{run}: no results.json; a run writes it at its end")
         column = str(results.get("checkpoint") or run)
         columns += [column] if column not in columns else []
-        data = Path(results.get("data") or _read_json(run / "args.json").get("data", "")).name
+        data = Path(results.get("data") or read_json(run / "args.json").get("data", "")).name
         for name, value in results.items():
             if isinstance(value, float):
                 row = f"{results.get('trainer', '?')} on {data}: {name}"
@@ -590,11 +585,26 @@ def _report(runs: tuple[Path, ...], /) -> None:
     print(report(runs))
 
 
-def _list() -> None:
-    """Show the official checkpoints that --teacher takes by name, as published."""
-    print(f"{'name':32}{'linear top-1':>14}  {'licence':14}source")
+def _list(folder: Path = Path("runs"), /) -> None:
+    """Show the official checkpoints that --teacher takes by name, as published, and the runs on this machine.
+
+    Args:
+        folder: where the runs are
+    """
+    print(f"{'teacher':32}{'linear top-1':>14}  {'licence':14}source")
     for name, official in TEACHERS.items():
         print(f"{name:32}{official.top1:>14.2f}  {official.licence:14}{official.source}")
+    print(f"\n{'run':32}{'result':>14}  {'licence':14}network, method, data")
+    for run in sorted(path.parent for path in folder.glob("*/args.json")):
+        args, method = read_json(run / "args.json"), read_json(run / "environment.json").get("trainer", "?")
+        figures = {k: v for k, v in read_json(run / "results.json").items() if isinstance(v, float)}
+        newest = next((f"step {int(c.name[5:])}" for c in checkpoints(run)), "no checkpoint")
+        result = f"{list(figures.values())[-1]:.2f}" if figures else newest
+        network = args.get("student") or args.get("backbone") or Path(str(args.get("checkpoint"))).name
+        licence = read_licence(run / "release" / "README.md")
+        print(f"{str(run):32}{result:>14}  {licence:14}{network}, {method}, {Path(args.get('data', '?')).name}")
+    if not folder.is_dir():
+        print(f"no folder {folder} here; name the one that holds your runs: python hub.py list FOLDER")
 
 
 def _to_detectron2(spec: str, out: Path, /) -> None:

@@ -4,21 +4,29 @@
         subprocess.run(command, env={**os.environ, **server.environment(cache_folder, token=WRITE_TOKEN)})
 
 The client reads HF_ENDPOINT and its cache folder when it is imported, hence the process of its own. Model repositories
-only, kept in memory; refusals carry the status and the X-Error-Code that the real Hub answers with.
+only, kept in memory; refusals carry the status and the X-Error-Code that the real Hub answers with. `server.trouble` is
+what goes wrong, once each: a status, or DROP, the connection that breaks in the middle.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from conftest import ROOT
+
 USER = "tester"
 WRITE_TOKEN, READ_TOKEN, BAD_TOKEN = "hf_write", "hf_read", "hf_expired"
+DROP = -1
+PART = 32 << 20  # bytes: a larger LFS file travels in parts of this size
 LFS_FROM = 4096  # files from this size on travel by LFS, in a request of their own, as weights do on the real Hub
 
 
@@ -58,6 +66,9 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}  # LFS objects by their SHA-256
         self.requests: list[tuple[str, str]] = []  # (method, path), in order
+        self.trouble: list[
+            tuple[str, str, int]
+        ] = []  # (method, end of the path, status or DROP), each goes wrong once
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -108,10 +119,22 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else every reply waits 40 ms for the client to acknowledge its headers
 
     def handle_request(self) -> None:
-        path, body = unquote(urlsplit(self.path).path), self.read_body()
+        path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
+            trouble = next((t for t in self.hub.trouble if t[0] == self.command and path.endswith(t[1])), None)
+            if trouble:
+                self.hub.trouble.remove(trouble)
+        self.drops = trouble is not None and trouble[2] == DROP
+        if self.drops and self.command != "GET":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self.close_connection = True
+            return
+        body = self.read_body()
+        with self.hub.lock:
             try:
+                if trouble and not self.drops:
+                    raise Refusal(trouble[2], "too much at once")
                 reply = self.route(path, body)
             except Refusal as refusal:
                 headers = (("X-Error-Message", refusal.message), ("X-Error-Code", refusal.code))
@@ -165,7 +188,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.drops:
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(body)
 
     # --- repositories ---
@@ -222,7 +248,12 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for asked in json.loads(body)["objects"]:
             known = asked["oid"] in self.hub.uploads
-            upload = {"href": f"{self.hub.url}/lfs/{asked['oid']}", "header": {}}
+            address = f"{self.hub.url}/lfs/{asked['oid']}"
+            upload = {"href": address, "header": {}}
+            if asked["size"] > PART:
+                parts = range(1, -(-asked["size"] // PART) + 1)
+                header = {"chunk_size": str(PART), **{f"{i:05d}": f"{address}/{i}" for i in parts}}
+                upload = {"href": address, "header": header}
             objects.append(asked if known else {**asked, "actions": {"upload": upload}})
         return Reply(
             {"transfer": "basic", "objects": objects}, headers=(("Content-Type", "application/vnd.git-lfs+json"),)
@@ -233,6 +264,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, "the upload does not match its checksum")
         self.hub.uploads[sha256] = body
         return Reply()
+
+    def lfs_put_part(self, body: bytes, sha256: str, part: str) -> Reply:
+        self.hub.uploads[f"{sha256}/{part}"] = body
+        return Reply(headers=(("ETag", hashlib.md5(body).hexdigest()),))
+
+    def lfs_complete(self, body: bytes, sha256: str) -> Reply:
+        parts = [p["partNumber"] for p in json.loads(body)["parts"]]
+        return self.lfs_put(b"".join(self.hub.uploads.pop(f"{sha256}/{part}") for part in parts), sha256)
 
     def commit(self, body: bytes, repo_id: str, revision: str) -> Reply:
         self.must_write(repo_id)
@@ -289,5 +328,42 @@ ROUTES = (
     ("POST", _MODEL + r"/commit" + _REVISION, Handler.commit),
     ("POST", _FILES + r"\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", Handler.lfs_put),
+    ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})/(?P<part>\d+)", Handler.lfs_put_part),
+    ("POST", r"/lfs/(?P<sha256>[0-9a-f]{64})", Handler.lfs_complete),
     ("GET HEAD", _FILES + r"/resolve" + _REVISION + r"/(?P<path>.+)", Handler.resolve),
 )
+
+# What tests start against it
+
+CALLS = """
+import json, os, sys, hub
+said, hub.RETRY_SECONDS = {}, (0, 0)
+for name, token, function, arguments, options in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    try:
+        said[name] = [True, str(getattr(hub, function)(*arguments, **options))]
+    except SystemExit as stop:
+        said[name] = [False, str(stop)]
+print("SAID" + json.dumps(said))
+"""
+
+
+def run_together(**commands: tuple[dict[str, str], list[str]]) -> dict[str, subprocess.CompletedProcess]:
+    """Start Python with each command's environment and arguments, all at once; results by name."""
+    always = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = {
+        name: subprocess.Popen([sys.executable, *words], env={**always, **environment}, **pipes)
+        for name, (environment, words) in commands.items()
+    }
+    done = {}
+    for name, process in started.items():
+        out, err = process.communicate(timeout=300)
+        done[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        assert "Traceback" not in err, err
+    return done
+
+
+def said(process: subprocess.CompletedProcess) -> dict[str, tuple[bool, str]]:
+    line = next(line for line in process.stdout.splitlines() if line.startswith("SAID"))
+    return {name: tuple(answer) for name, answer in json.loads(line[4:]).items()}

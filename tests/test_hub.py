@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -10,14 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from accelerate import Accelerator
-from hub_server import BAD_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
+from hub_server import BAD_TOKEN, CALLS, READ_TOKEN, WRITE_TOKEN, HubServer, run_together, said
+from huggingface_hub import ModelCard
 from runs import photographs
 from tools import disturb_batch_norm, make_backbone, make_run, stop_message
 from torch import Tensor, nn
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 import common
 import hub
 from trainers import moco, supervised
+from trainers.shared.card import contradicts, inherited
 from trainers.shared.run import save_head
 
 HUB = str(common.ROOT / "hub.py")
@@ -375,7 +380,8 @@ def test_a_run_without_a_checkpoint_cannot_be_released(tmp_path):
 
 
 def non_commercial_run(folder: Path) -> hub.Run:
-    run = make_run(folder, make_backbone("test_resnet"), data="/srv/private/photos", init_from="/srv/private/a.pth")
+    run = make_run(folder, make_backbone("test_resnet"), data="/srv/private/photos", init_from="/srv/private/a.pth",
+                   subset="/srv/private/names.txt")  # fmt: skip
     facts = {"source": "moco_v2_r50_800ep", "licence": "cc-by-nc-4.0", "architecture": "resnet50", "format": "MoCo"}
     (folder / "teacher.json").write_text(json.dumps(facts))
     return run
@@ -384,21 +390,93 @@ def non_commercial_run(folder: Path) -> hub.Run:
 def test_the_teachers_licence_reaches_the_card_and_stays_there(tmp_path):
     non_commercial_run(tmp_path / "run")
     card = (hub.build_release(tmp_path / "run") / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
+    assert ModelCard(card).data.license == "cc-by-nc-4.0"
     assert "| teacher | cc-by-nc-4.0 |" in card and "| **these weights** | **cc-by-nc-4.0** |" in card
+    assert "Not for commercial use" in card
     assert hub.load_teacher(tmp_path / "run").facts["licence"] == "cc-by-nc-4.0", (
         "a student of the student inherits it"
     )
     message = stop_message(hub.push, tmp_path / "run", "tester/x", licence="apache-2.0")
     assert "cc-by-nc-4.0" in message and "--accept-licence" in message
-    assert "license: cc-by-nc-4.0" in (tmp_path / "run" / "release" / "README.md").read_text()
+    assert (tmp_path / "run" / "release" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    "parts, licence",
+    [
+        ((), "apache-2.0"),
+        (("mit", "cc-by-4.0"), "apache-2.0"),
+        (("unknown",), "unknown"),
+        (("gpl-3.0", "cc-by-nc-4.0"), "cc-by-nc-4.0"),
+        (("cc-by-nc-sa-4.0", "mit", "imagenet non-commercial"), "cc-by-nc-sa-4.0 and imagenet non-commercial"),
+        (("cc-by-sa-4.0", "apache-2.0"), "cc-by-sa-4.0"),
+    ],
+)
+def test_what_binds_in_a_chain_is_handed_down(parts, licence):
+    assert inherited(parts) == licence
+    assert not contradicts(licence, licence)
+    assert contradicts("mit", licence) is (licence not in ("apache-2.0", "unknown"))
+
+
+def test_the_datas_licence_and_the_starts_reach_the_card(tmp_path):
+    table = tmp_path / "photos"
+    table.mkdir()
+    pixel = io.BytesIO()
+    PIL.Image.new("RGB", (40, 40)).save(pixel, "png")
+    images = [{"bytes": pixel.getvalue(), "path": None}] * 4
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features).to_parquet(table / "train.parquet")
+    (table / "README.md").write_text("---\nlicense:\n- cc-by-nc-4.0\ntags: [x]\n---\n# Photos\n")
+    source = common.open_source(str(table), "train")
+    assert source.licence == "cc-by-nc-4.0" and common.open_source("digits", "train").licence == "cc-by-4.0"
+
+    backbone = make_backbone("test_resnet")
+    backbone.started_from = {"source": "theirs.pth", "licence": "gpl-3.0", "architecture": "test_resnet"}
+    run = make_run(tmp_path / "run", backbone, data=str(table))
+    view = (common.eval_recipe(32), 32)
+    run.start(0, 1, common.Batches(source, [view], 4, seed=0, device=torch.device("cpu")))
+    text = (hub.build_release(tmp_path / "run") / "README.md").read_text()
+    assert "| data | photos |" in text and "| data | cc-by-nc-4.0 |" in text
+    assert "| started from | theirs.pth (test_resnet) |" in text and "| started from | gpl-3.0 |" in text
+    assert ModelCard(text).data.license == "cc-by-nc-4.0"
 
 
 def test_a_card_names_no_path_of_the_training_machine(tmp_path):
     non_commercial_run(tmp_path / "run")
     card = (hub.build_release(tmp_path / "run") / "README.md").read_text()
     assert "/srv" not in card and str(tmp_path) not in card and str(Path.home()) not in card
-    assert "| data | photos |" in card
+    assert "| data | photos |" in card and '"subset": "names.txt"' in card
+
+
+def test_a_card_shows_figures_curve_and_citation(tmp_path):
+    run = make_run(tmp_path / "run", make_backbone("test_resnet"), data="digits")
+    log = "".join(json.dumps({"step": i, "loss": 1 / (i + 1), "z_std": 1.0}) + "\n" for i in range(9))
+    (tmp_path / "run" / "metrics.jsonl").write_text(log + '{"step": 9, "lo')  # a line that a kill cut short
+    hub.finish(run, None, {"knn raw pixels": 55.5, "knn trained backbone": 93.06})
+    probe = tmp_path / "probe"
+    probe.mkdir()
+    (probe / "results.json").write_text('{"trainer": "eval_linear", "top1": 91.25, "checkpoint": "run"}')
+    release = hub.build_release(tmp_path / "run", [probe])
+    found = ModelCard.load(release / "README.md").data
+    metrics = {r.metric_name: r.metric_value for r in found.eval_results}
+    assert metrics == {"simsiam: knn trained backbone, percent": 93.06, "probe: top1, percent": 91.25}
+    assert {r.dataset_name for r in found.eval_results} == {"digits"} and "simsiam" in found.tags
+    text = (release / "README.md").read_text()
+    assert "| simsiam | knn raw pixels | 55.50 |" in text and "| probe | top1 | 91.25 |" in text
+    assert "![training curve](training.png)" in text and PIL.Image.open(release / "training.png").width > 500
+    assert "eprint = {2011.10566}" in text and "author = {Chen and He}" in text
+    assert "--evals" in stop_message(hub.build_release, tmp_path / "run", [tmp_path / "nothing"])
+
+
+def test_files_exported_from_the_same_weights_stay_in_the_release(tmp_path):
+    run = make_run(tmp_path / "run", backbone := make_backbone("test_resnet"))
+    hub.build_release(tmp_path / "run")
+    (tmp_path / "run" / "release" / "model.onnx").write_bytes(b"exported")
+    assert (hub.build_release(tmp_path / "run") / "model.onnx").read_bytes() == b"exported"
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1)
+    run.save(4, {"model": backbone}, backbone)
+    assert not (hub.build_release(tmp_path / "run") / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("name", ["resnet18_small", "mobilenetv3_small_100"])
@@ -423,39 +501,6 @@ out["teacher"], out["facts"] = teacher(x["images"]), teacher.facts
 torch.save(out, sys.argv[2])
 """
 
-CALLS = """
-import json, os, sys, hub
-said = {}
-for name, token, function, arguments, options in json.loads(sys.argv[1]):
-    os.environ["HF_TOKEN"] = token
-    try:
-        said[name] = [True, str(getattr(hub, function)(*arguments, **options))]
-    except SystemExit as stop:
-        said[name] = [False, str(stop)]
-print("SAID" + json.dumps(said))
-"""
-
-
-def run_together(**commands: tuple[dict[str, str], list[str]]) -> dict[str, subprocess.CompletedProcess]:
-    """Start Python with each command's environment and arguments, all at once; results by name."""
-    always = {**os.environ, "PYTHONPATH": str(common.ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = {
-        name: subprocess.Popen([sys.executable, *words], env={**always, **environment}, **pipes)
-        for name, (environment, words) in commands.items()
-    }
-    done = {}
-    for name, process in started.items():
-        out, err = process.communicate(timeout=100)
-        done[name] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-        assert "Traceback" not in err, err
-    return done
-
-
-def said(process: subprocess.CompletedProcess) -> dict[str, tuple[bool, str]]:
-    line = next(line for line in process.stdout.splitlines() if line.startswith("SAID"))
-    return {name: tuple(answer) for name, answer in json.loads(line[4:]).items()}
-
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
@@ -467,7 +512,7 @@ def session(tmp_path_factory):
     non_commercial_run(licensed)
     torch.save({"images": images(), "normalised": normalised(images())}, question)
     other, student, nothing = str(licensed), [str(licensed), "tester/student"], "tester/nothing"
-    shared, version = {"licence": "apache-2.0", "accept_licence": True}, {"revision": "v9"}
+    shared = {"licence": "apache-2.0", "accept_licence": True}
     calls = [
         ("push, accepted", WRITE_TOKEN, "push", [other, "tester/licensed"], shared),
         ("push again", WRITE_TOKEN, "push", [other, "tester/licensed"], shared),
@@ -479,7 +524,7 @@ def session(tmp_path_factory):
         ("push, private", WRITE_TOKEN, "push", [other, "tester/secret"], {"private": True}),
         ("pull, bad token", BAD_TOKEN, "pull", ["tester/student"], {}),
         ("pull, no repo", WRITE_TOKEN, "pull", [nothing], {}),
-        ("pull, no revision", WRITE_TOKEN, "pull", ["tester/student"], version),
+        ("pull, no revision", WRITE_TOKEN, "pull", ["tester/student"], {"revision": "v9"}),
         ("pull, private", "", "pull", ["tester/secret"], {}),
         ("pull, own private", READ_TOKEN, "pull", ["tester/secret"], {}),
         ("teacher, no repo", "", "load_teacher", [nothing], {}),
@@ -502,15 +547,18 @@ def session(tmp_path_factory):
             push=(writer, [HUB, "push", str(run), "tester/student"]),
         )
         pushed = dict(server.files("tester/student"))
+        commit = {"revision": server.repos["tester/student"].commits[-1].sha}
+        version = ("pull, by commit", "", "pull", ["tester/student"], commit)
         done |= run_together(
             consumer=(reader, consume("online.pt")),
             pull=(reader, [HUB, "pull", "tester/student", "--to", str(folder / "pulled")]),
-            calls=(server.environment(folder / "empty cache"), call(calls)),
+            calls=(server.environment(folder / "empty cache"), call([*calls, version])),
         )
         files = {repo: server.files(repo) for repo in server.repos}
     done |= run_together(
         inspect=(reader, [HUB, "inspect", str(licensed)]),  # not above: `calls` pushes this run, which rebuilds it
         offline=({**reader, "HF_HUB_OFFLINE": "1"}, consume("offline.pt")),
+        uncached=({**reader, "HF_HUB_OFFLINE": "1"}, call(down)),
         down=(server.environment(folder / "another empty cache"), call(down)),
     )
     yield argparse.Namespace(
@@ -519,7 +567,7 @@ def session(tmp_path_factory):
         backbone=backbone,
         pushed=pushed,
         files=files,
-        calls=len(calls),
+        calls=len(calls) + 1,
         requests=server.requests,
     )
     shutil.rmtree(folder)
@@ -538,6 +586,8 @@ def test_every_command_of_hub_py_ends_well(session):
 
 def test_push_uploads_the_release_and_pull_brings_it_back(session):
     release = {f.name: f.read_bytes() for f in (session.folder / "run" / "release").iterdir()}
+    assert b"hf-hub:ORG/NAME" in release["README.md"]
+    release["README.md"] = release["README.md"].replace(b"ORG/NAME", b"tester/student")  # the card names where it is
     assert len(release) == 3 and {name: session.pushed[name] for name in release} == release
     pulled = {f.name: f.read_bytes() for f in (session.folder / "pulled").iterdir() if f.is_file()}
     assert pulled == release
@@ -584,7 +634,8 @@ def test_what_should_work_on_the_hub_does_and_nothing_else_was_uploaded(session)
 
 
 def test_a_licence_that_was_taken_upon_oneself_is_the_cards(session):
-    assert session.files["tester/licensed"]["README.md"].startswith(b"---\nlicense: apache-2.0\n")
+    card = session.files["tester/licensed"]["README.md"].decode()
+    assert ModelCard(card).data.license == "apache-2.0" and "| **these weights** | **apache-2.0** |" in card
 
 
 @pytest.mark.parametrize("verb", ["push", "pull"])
@@ -592,6 +643,13 @@ def test_a_hub_that_is_down_is_one_line_with_the_remedy(session, verb):
     worked, message = said(session.done["down"])[verb]
     assert not worked and "\n" not in message
     assert message.startswith(f"{verb} tester/") and "check the connection" in message
+
+
+@pytest.mark.parametrize("verb", ["push", "pull"])
+def test_offline_mode_is_named_where_the_hub_is_needed(session, verb):
+    worked, message = said(session.done["uncached"])[verb]
+    assert not worked and "\n" not in message
+    assert message.startswith(f"{verb} tester/") and "HF_HUB_OFFLINE is set" in message
 
 
 def test_a_failed_upload_loses_no_run_and_names_the_command_to_retry(tmp_path, capsys):
@@ -610,6 +668,18 @@ def test_a_failed_upload_loses_no_run_and_names_the_command_to_retry(tmp_path, c
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_shows_teachers_and_runs(tmp_path):
+    run = make_run(tmp_path / "runs" / "done", make_backbone("test_resnet"), data="digits")
+    hub.finish(run, None, {"knn trained backbone": 93.06})
+    make_run(tmp_path / "runs" / "going", make_backbone("test_resnet"), data="/srv/photos")
+    done = subprocess.run([sys.executable, HUB, "list", str(tmp_path / "runs")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in done.stdout.splitlines() if line}
+    assert "68.10 cc-by-nc-4.0 simsiam README" == rows["simsiam_r50_100ep"]
+    assert rows[f"{tmp_path}/runs/done"] == "93.06 apache-2.0 resnet50, simsiam, digits"
+    assert rows[f"{tmp_path}/runs/going"] == "step 3 unknown resnet50, simsiam, photos"
 
 
 def test_a_report_is_one_table_of_runs_and_evaluations(tmp_path):

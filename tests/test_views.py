@@ -220,6 +220,22 @@ def test_padded_crops_are_exact():
         assert torch.equal(y, (expected.flip(2) if params.flip[i] else expected).float() / 255)
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 71), (20, 20)])
+def test_padded_crops_see_a_larger_image_whole(height, width):
+    x, params = images(64, height, width), draw(views.CIFAR, 64, height, width, 32)
+    mine = views.crop_batch(x, params, 32, views.CIFAR)
+    small = tvf.resize(x.float() / 255, [32], antialias=True)
+    corners = (params.box[:, :2] / params.box[:, 2:] * 32).round().int() + 4
+    assert {c.max().item() for c in corners.T} == {8, small.shape[3] - 24} and corners.min() == 0
+    for i, y in enumerate(mine):
+        top, left = corners[i].tolist()
+        expected = tvf.pad(small[i], [4])[:, top : top + 32, left : left + 32]
+        assert ((expected == 0) == (y.flip(2) if params.flip[i] else y).eq(0)).all(), "black where it was padded"
+        torch.testing.assert_close(y, expected.flip(2) if params.flip[i] else expected, atol=0.02, rtol=0)
+        streamed = views.crop_one(x[i], params, i, 32, views.CIFAR).float() / 255
+        torch.testing.assert_close(streamed, expected.flip(2) if params.flip[i] else expected, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("crop_pct, short", [(0.875, 36), (1.0, 32)])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 61), (61, 40), (30, 37), (40, 42), (42, 40), (9, 12)])

@@ -371,10 +371,8 @@ def main(args: Args) -> dict[str, float]:
     common.check_positive(args, "hint_layer", "init_epochs", least=0)
     num_classes = common.count_classes(args.data, source)
     queries = common.labelled_queries(args.data, source, queries)
-    views, place = (
-        [(common.RECIPES[args.augmentation], args.image_size)],
-        {"device": device, "rank": rank, "world": world},
-    )
+    views = [(common.RECIPES[args.augmentation], args.image_size)]
+    place = {"device": device, "rank": rank, "world": world}
     data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
     if args.teacher is None and args.data != "digits":
@@ -451,8 +449,8 @@ def main(args: Args) -> dict[str, float]:
             trains, lr, terms = init_optimizer, init_lr, {}
             loss = (ab if args.method == "ab" else F.mse_loss)(*first(x, t))
         else:
-            trains, at = optimizer, moves(step - init_steps)
-            lr = common.scheduled_lr(args.schedule, at, epochs, peak_lr, args.milestones, args.lr_decay)
+            trains, passed = optimizer, moves(step - init_steps)
+            lr = common.scheduled_lr(args.schedule, passed, epochs, peak_lr, args.milestones, args.lr_decay)
             if step == init_steps:
                 student.train()
             logits, pairs = student(x, t)

@@ -375,8 +375,8 @@ def main(args: Args) -> dict[str, float]:
             rep = common.gather(trained_head(t_features))
             loss, terms = ssp_loss(rep), {}
         else:
-            trains, at = optimizer, moves(step - head_steps)
-            lr = common.scheduled_lr(args.schedule, at, epochs, peak_lr, args.milestones, args.lr_decay)
+            trains, passed = optimizer, moves(step - head_steps)
+            lr = common.scheduled_lr(args.schedule, passed, epochs, peak_lr, args.milestones, args.lr_decay)
             with torch.no_grad(), accelerator.autocast():
                 t_logits, t_rep = (common.gather(y) for y in (t_logits, ssp_head(t_features)))
             logits, rep = (common.gather(y) for y in student(x))

@@ -132,6 +132,9 @@ class Run:
         self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
         self._images, self._last_line = self.args.batch_size, 0.0
         if self.accelerator.is_main_process:
+            if data is not None:
+                facts = {"name": data.source.name, "images": len(data.source), "licence": data.source.licence}
+                (self.dir / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
             log = self.dir / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
@@ -378,6 +381,8 @@ def save_backbone(
             "classifier": cfg.get("classifier"),
         },
     }
+    if hasattr(backbone, "started_from"):
+        config["started_from"] = backbone.started_from
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -39,6 +39,7 @@ class Source:
     bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable images: index -> why
     where: Callable[[int], str] = str  # an image's file or row, for messages
     file_names: Callable[[], list[str]] | None = None  # the images' own names, where they have some
+    licence: str = ""  # where it is stated
 
     def __len__(self) -> int:
         return self.size
@@ -221,7 +222,9 @@ def _digits(split: str) -> Source:
     colour = torch.where(close, torch.where(light > 0.5, 0.2 * colour, 1 - 0.2 * (1 - colour)), colour)
     noise = 0.04 * torch.randn(n, 3, 32, 32, generator=g, dtype=torch.float32)
     pixels = (ground + ink * (colour - ground) + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Source("digits", n, pixels=pixels, labels=labels[chosen], classes=[str(i) for i in range(10)])
+    return Source(
+        "digits", n, pixels=pixels, labels=labels[chosen], classes=[str(i) for i in range(10)], licence="cc-by-4.0"
+    )
 
 
 def _has_tables(path: Path) -> bool:
@@ -351,7 +354,7 @@ def _open_dataset(data: str, role: str, split: str, image_column: str, label_col
     opened = open_table(data, role, split)
     if opened is None:
         return None
-    columns = opened.features
+    columns, path = opened.features, Path(data).expanduser()
     images = [k for k, f in columns.items() if isinstance(f, datasets.Image)]
     if image_column and image_column not in columns:
         raise SystemExit(f"--image-column {image_column}: {data} has the columns {', '.join(columns)}")
@@ -380,8 +383,30 @@ def _open_dataset(data: str, role: str, split: str, image_column: str, label_col
     if isinstance(columns[image_column], datasets.Image):
         names = partial(_row_paths, raw, image_column)
     return Source(
-        data, len(raw), read, labels=labels, classes=classes, where=partial(_row_name, data), file_names=names
+        data,
+        len(raw),
+        read,
+        labels=labels,
+        classes=classes,
+        where=partial(_row_name, data),
+        file_names=names,
+        licence=opened.info.license or _card_licence(data, path if path.exists() or "*" in data else None),
     )
+
+
+def _card_licence(data: str, path: Path | None) -> str:
+    """The licence that a data set's card states, next to local files or on the Hub; nothing where there is no card."""
+    from huggingface_hub import DatasetCard
+
+    readme = None if path is None else (path if path.is_dir() else path.parent) / "README.md"
+    if readme is not None and not readme.is_file():
+        return ""
+    try:
+        stated = DatasetCard.load(data if readme is None else readme, ignore_metadata_errors=True).data
+    except Exception:  # no card there, no connection, not YAML: nothing is stated
+        return ""
+    licence = stated.get("license_name") or stated.get("license") or ""
+    return licence if isinstance(licence, str) else " and ".join(licence)
 
 
 def _row_paths(table, column: str) -> list[str]:

@@ -26,7 +26,7 @@ class Recipe:
     crop: Literal["resized", "padded", "centre"] = "resized"
     scale: tuple[float, float] = (0.08, 1.0)  # share of the area, "resized"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, "resized"
-    padding: int = 4  # zero pixels on each side, "padded"
+    padding: int = 4  # "padded": short side to size, zero pixels on each side, a corner
     crop_pct: float = 0.875  # "centre": short side to size / crop_pct, then the middle
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: float = 0.5
@@ -155,9 +155,10 @@ def sample_params(
     if recipe.crop == "resized":
         box = _resized_boxes(recipe, u, heights, widths)
     elif recipe.crop == "padded":
-        room = np.stack((heights, widths), 1) + 2 * recipe.padding - size
-        corner = np.floor((room + 1) * u[:, 20:22]) - recipe.padding
-        box = np.concatenate((corner, np.full_like(corner, size)), 1)
+        sides = np.stack((heights, widths), 1)
+        resized = np.floor(sides * size / sides.min(1, keepdims=True))  # an image of another side is seen whole
+        corner = np.floor((resized + 2 * recipe.padding - size + 1) * u[:, 20:22]) - recipe.padding
+        box = np.concatenate((corner, np.full_like(corner, size)), 1) * np.tile(sides / resized, 2)
     else:
         box = _middle_boxes(recipe, size, heights, widths)
     strength, centre = np.array(recipe.jitter), np.array((1.0, 1.0, 1.0, 0.0))
@@ -186,6 +187,10 @@ def _resampling(start: Tensor, length: Tensor, size: int, source: int, recipe: R
     centres = (start[:, None] + (torch.arange(size) + 0.5) * (length / size)[:, None]) * inverse
     reach = length.abs()[:, None] / 2 if recipe.crop == "resized" else math.inf  # there, no tap outside the box
     box = ((taps - (start + length / 2)[:, None]).abs() < reach).double()
+    if recipe.crop == "padded":
+        centres = centres.where(
+            (centres > 0) & (centres < source * inverse), -math.inf
+        )  # black, whatever the filter's reach
     packed = torch.cat((taps * inverse, centres, box), 1).to(like, non_blocking=True)  # one transfer
     taps, centres, box = packed.split((source, size, source), 1)
     x = (centres[:, :, None] - taps[:, None]).abs_()
@@ -241,9 +246,11 @@ def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe)
         image, flip = _turn(image[None], params.flip[row : row + 1], recipe.turns)[0], False
     if recipe.crop == "centre":
         out = tvf.center_crop(tvf.resize(image, [int(size / recipe.crop_pct)], mode, antialias=True), [size, size])
+    elif recipe.crop == "padded":
+        top, left = (params.box[row, :2] / params.box[row, 2:] * size).round().int().tolist()
+        out = tvf.crop(tvf.resize(image, [size], mode, antialias=True), top, left, size, size)  # zeros outside
     else:
-        top, left, height, width = (int(v) for v in params.box[row])
-        out = tvf.crop(image, top, left, height, width)  # zeros outside, which only "padded" reaches
+        out = tvf.crop(image, *(int(v) for v in params.box[row]))
         out = out[None].contiguous(memory_format=torch.channels_last)[0]  # the layout that torch's uint8 kernel likes
         out = tvf.resize(out, [size, size], mode, antialias=True)
     return (out.flip(2) if flip else out).contiguous()
