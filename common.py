@@ -31,8 +31,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-# Chapters that would make this file too long to read: networks of our own, where images come from, the random views.
+# Chapters that would make this file too long to read: networks of our own, where images and boxes come from, the random views.
 from trainers.shared.adapters import GaussianRegressor, MapRegressor, Shape, UnitEmbedding, conv_stack, same_size
+from trainers.shared.boxes import (
+    Annotated,
+    average_precision,
+    boxes_inside,
+    draw_objects,
+    object_bitmap,
+    open_objects,
+    usable_objects,
+)
 from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
 from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
 from trainers.shared.sources import (
@@ -244,14 +253,19 @@ class Batches:
         labels = self.source.labels
         return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
 
+    def samples(self) -> Dataset:
+        """What the workers read; a trainer whose samples are no square views has its own, with its own `collate`."""
+        return Crops(self.source, self.views, self.seed)
+
     def _streamed(self, step: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """The crops of this step from the workers; asking for another step than the next restarts the stream there."""
         if step != self._next:
+            samples = self.samples()
             loader = DataLoader(
-                Crops(self.source, self.views, self.seed),
+                samples,
                 batch_sampler=StepSampler(self, step),
                 num_workers=self.num_workers,
-                collate_fn=_stack,
+                collate_fn=samples.collate,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=WorkerInit() if self.num_workers else None,
                 generator=torch.Generator().manual_seed(self.seed),  # else iter() would draw from the global RNG
@@ -315,10 +329,11 @@ class Crops(Dataset):
                 bad.append((i, f"{self.source.where(i)}: {error}"))
         return torch.zeros(3, 8, 8, dtype=torch.uint8), bad  # 100 in a row: the caller stops the run
 
-
-def _stack(samples: list) -> tuple[list[Tensor], Tensor, list[tuple[int, str]]]:
-    views = [torch.stack(crops) for crops in zip(*(s[0] for s in samples), strict=True)]
-    return views, torch.tensor([s[1] for s in samples]), [b for s in samples for b in s[2]]
+    @staticmethod
+    def collate(samples: list) -> tuple[list[Tensor], Tensor, list[tuple[int, str]]]:
+        """Views, (height, width) of the images, and the images that could not be read."""
+        views = [torch.stack(crops) for crops in zip(*(s[0] for s in samples), strict=True)]
+        return views, torch.tensor([s[1] for s in samples]), [b for s in samples for b in s[2]]
 
 
 class WorkerInit:
@@ -347,7 +362,7 @@ def eval_batches(
         keys = [[(0, i) for i in part.tolist()] for part in share.split(batch_size)]
         init = WorkerInit() if num_workers else None
         loader = DataLoader(
-            dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=_stack, worker_init_fn=init
+            dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=init
         )
         for (crops, _, bad), part in zip(loader, share.split(batch_size), strict=True):
             source.bad.update(bad)
@@ -435,6 +450,48 @@ def stage_shapes(model: nn.Module, size: int) -> list[Shape]:
     features, _ = forward_stages(model.eval(), model.input_mean.new_zeros(2, 3, size, size))
     model.train(training)
     return [tuple(f.shape[1:]) for f in features]
+
+
+class FeatureMaps(nn.Module):
+    """A network's maps of images of any size, (B, 3, H, W) normalised -> {"0": (B, C, H / stride, W / stride), ...}.
+
+    The last map of every stride from 4 on, fine to coarse, or that of `stage` alone; `strides` and `channels` describe
+    them. A network of a single stride (ViT) gives its last map at strides 4, 8, 16 and 32. What comes after the maps is
+    taken out of the backbone. Raises SystemExit for a network without maps.
+    """
+
+    def __init__(self, backbone: nn.Module, stage: int | None = None):
+        super().__init__()
+        config, name = backbone.pretrained_cfg, backbone.pretrained_cfg["architecture"]
+        try:
+            if config.get("fixed_input_size"):
+                mean, std = (value.flatten().tolist() for value in (backbone.input_mean, backbone.input_std))
+                state = backbone.state_dict()
+                backbone = create_backbone(name, mean=mean, std=std, dynamic_img_size=True)
+                backbone.load_state_dict(state)
+            with torch.no_grad():
+                maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, 256, 256), intermediates_only=True)
+            prune = backbone.prune_intermediate_layers  # timm's; the CIFAR networks have none
+        except (TypeError, AttributeError, AssertionError, RuntimeError) as error:
+            raise SystemExit(
+                f"{name} gives no feature maps of images of any size ({first_line(error)}); choose another network"
+            ) from None
+        last = {256 // m.shape[-1]: i for i, m in enumerate(maps)}
+        self.indices = [last[stride] for stride in sorted(last) if stride >= 4] if stage is None else [stage]
+        self.strides = [256 // maps[i].shape[-1] for i in self.indices]
+        self.channels = [maps[i].shape[1] for i in self.indices]
+        self.single = stage is None and len(self.indices) == 1
+        if self.single:
+            self.strides, self.channels = [4, 8, 16, 32], self.channels * 4
+        prune(self.indices, prune_norm=not self.single)
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        options = {"indices": self.indices, "norm": self.single, "stop_early": True, "intermediates_only": True}
+        maps = self.backbone.forward_intermediates(x, **options)
+        if self.single:
+            maps = [F.interpolate(maps[0], (x.shape[2] // s, x.shape[3] // s), mode="bilinear") for s in self.strides]
+        return {str(i): each for i, each in enumerate(maps)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     python hub.py export runs/smd              # one file for ONNX Runtime; --format torchscript or pt2, --int8
     python hub.py inspect FILE_OR_FOLDER       # what a checkpoint is and whether we can load it
     python hub.py list [FOLDER]                # the official teachers that --teacher knows by name, and your runs
+    python hub.py to-detectron2 runs/smd OUT.pkl    # a ResNet by the names that Detectron2 reads
     python hub.py report RUN RUN ...           # one table over many runs and evaluations
 
 Nothing in here knows a loss.
@@ -16,6 +17,8 @@ import errno
 import filecmp
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -316,6 +319,55 @@ def build_release(run_dir: str | Path, evaluations: Sequence[str | Path] = ()) -
     return release
 
 
+def to_detectron2(spec: str | Path, out: str | Path) -> str:
+    """Write a ResNet as the pickle that MoCo's and DisCo's converter makes for Detectron2; returns the settings to read it.
+
+    {"model": {name: array}, "__author__", "matching_heuristics": True}. What lies outside the stages is stem.*, a projection
+    head stem.fc.*; layerN is res(N+1), bnN convN.norm, a downsample shortcut and shortcut.norm. `spec` as for --teacher.
+    Raises SystemExit for a network that Detectron2 has no names for.
+    """
+    teacher = load_teacher(spec, flag="to-detectron2")
+    state, architecture = teacher.backbone.state_dict(), teacher.facts["architecture"]
+    block = r"layer[1-4]\.\d+\.(conv[123]\.weight|bn[123]\.\w+|downsample\.0\.weight|downsample\.1\.\w+)"
+    other = [key for key in state if not re.fullmatch(rf"conv1\.weight|bn1\.\w+|{block}", key)]
+    if other or state["conv1.weight"].shape[-1] != 7:
+        why = f"has {other[0]}" if other else "begins with a 3x3 convolution"
+        raise SystemExit(f"to-detectron2 {spec}: {architecture} {why}; Detectron2 knows plain ResNets only")
+    if teacher.head is not None:
+        state |= {f"fc.{key}": value for key, value in teacher.head.state_dict().items()}
+    model = {}
+    for key, value in state.items():
+        name = key if key.startswith("layer") else f"stem.{key}"
+        name = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+        name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        model[name] = value.numpy()
+    content = {"model": model, "__author__": "cleandistill", "matching_heuristics": True}
+    try:
+        Path(out).write_bytes(pickle.dumps(content))
+    except OSError as error:
+        raise SystemExit(f"to-detectron2: {out}: {error.strerror}") from None
+    mean, std = (
+        [round(255 * v, 3) for v in value.flatten().tolist()]
+        for value in (teacher.backbone.input_mean, teacher.backbone.input_std)
+    )
+    convolutions = sum(bool(re.fullmatch(r"layer\d\.\d+\.conv\d\.weight", key)) for key in state)
+    shape = state["layer1.0.conv2.weight"].shape
+    bottleneck = "layer1.0.conv3.weight" in state
+    settings = {
+        "WEIGHTS": out,
+        "PIXEL_MEAN": f'"{mean}"',
+        "PIXEL_STD": f'"{std}"',
+        "RESNETS.DEPTH": convolutions + 2,
+        "RESNETS.STEM_OUT_CHANNELS": len(state["conv1.weight"]),
+        "RESNETS.RES2_OUT_CHANNELS": len(state[f"layer1.0.bn{3 if bottleneck else 2}.weight"]),
+        "RESNETS.STRIDE_IN_1X1": False,
+    }
+    if bottleneck:
+        settings |= {"RESNETS.NUM_GROUPS": shape[0] // shape[1], "RESNETS.WIDTH_PER_GROUP": shape[1]}
+    return "INPUT.FORMAT RGB " + " ".join(f"MODEL.{key} {value}" for key, value in settings.items())
+
+
 RETRY_SECONDS = (1, 2, 4, 8)  # between attempts, for what may pass; the client's own uploads wait about as long
 
 
@@ -605,9 +657,19 @@ def _list(folder: Path = Path("runs"), /) -> None:
         print(f"no folder {folder} here; name the one that holds your runs: python hub.py list FOLDER")
 
 
+def _to_detectron2(spec: str, out: Path, /) -> None:
+    """Write a ResNet as the pickle that MoCo's and DisCo's converter makes for Detectron2, and print how to read it.
+
+    Args:
+        spec: a run folder, or anything else that --teacher takes
+        out: the .pkl file to write
+    """
+    print(f"python train_net.py --config-file ... {to_detectron2(spec, out)}")
+
+
 if __name__ == "__main__":
     sys.modules.setdefault("hub", sys.modules["__main__"])
     app = tyro.extras.SubcommandApp()
-    for function in (_build, _push, _pull, _export, _inspect, _list, _report):
-        app.command(function, name=function.__name__[1:])
+    for function in (_build, _push, _pull, _export, _inspect, _list, _report, _to_detectron2):
+        app.command(function, name=function.__name__[1:].replace("_", "-"))
     app.cli(description="Releases, teachers and the Hugging Face Hub.")

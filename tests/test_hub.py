@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -575,7 +576,7 @@ def session(tmp_path_factory):
 def test_every_command_of_hub_py_ends_well(session):
     commands = {name: session.done[name] for name in ("help", "build", "push", "pull", "inspect")}
     assert {name: p.returncode for name, p in commands.items()} == dict.fromkeys(commands, 0)
-    for word in ("build", "push", "pull", "inspect"):
+    for word in ("build", "push", "pull", "inspect", "to-detectron2"):
         assert word in commands["help"].stdout
     assert commands["build"].stdout.strip() == str(session.folder / "licensed" / "release")
     assert commands["push"].stdout.strip().endswith("/tester/student")
@@ -721,3 +722,83 @@ def test_a_fingerprint_tells_data_sets_apart(tmp_path):
     others = common.open_source(str(photographs(tmp_path / "others", 8, sides=(101, 141))), resident=False)
     prints = [source.fingerprint() for source in (one, two, relabelled, part, photos, others)]
     assert len(set(prints)) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detectron2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def detectron2_names(bottleneck: bool, blocks: tuple[int, ...]) -> dict[str, str]:
+    """{Detectron2's name: ours} of a ResNet, built up from what Detectron2's ResNet is made of."""
+    found, statistics = {}, ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+    def convolution(theirs: str, ours: str, norm: str) -> None:
+        found[f"{theirs}.weight"] = f"{ours}.weight"
+        found.update({f"{theirs}.norm.{name}": f"{norm}.{name}" for name in statistics})
+
+    convolution("stem.conv1", "conv1", "bn1")
+    for stage, count in enumerate(blocks, start=1):
+        for i in range(count):
+            theirs, ours = f"res{stage + 1}.{i}", f"layer{stage}.{i}"
+            for n in (1, 2, 3) if bottleneck else (1, 2):
+                convolution(f"{theirs}.conv{n}", f"{ours}.conv{n}", f"{ours}.bn{n}")
+            if i == 0 and (stage > 1 or bottleneck):
+                convolution(f"{theirs}.shortcut", f"{ours}.downsample.0", f"{ours}.downsample.1")
+    return found
+
+
+RESNETS = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), "resnet50": (True, (3, 4, 6, 3))}
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_a_release_becomes_detectron2s_file_key_by_key(name, tmp_path, capsys):
+    backbone = make_backbone(name)
+    make_run(tmp_path / "run", backbone)
+    hub._to_detectron2(str(tmp_path / "run"), tmp_path / "out.pkl")
+    content = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    assert set(content) == {"model", "__author__", "matching_heuristics"}
+    assert content["matching_heuristics"] is True and isinstance(content["__author__"], str)
+    names, state = detectron2_names(*RESNETS[name]), backbone.state_dict()
+    assert set(content["model"]) == set(names) and set(names.values()) == set(state) and len(names) > 100
+    for theirs, ours in names.items():
+        value = content["model"][theirs]
+        assert isinstance(value, np.ndarray) and np.array_equal(value, state[ours].numpy()), theirs
+    said, (bottleneck, _) = capsys.readouterr().out, RESNETS[name]
+    assert f"MODEL.RESNETS.DEPTH {name[6:]} " in said and f"MODEL.WEIGHTS {tmp_path / 'out.pkl'}" in said
+    assert f"RES2_OUT_CHANNELS {256 if bottleneck else 64} " in said and "STRIDE_IN_1X1 False" in said
+    assert 'MODEL.PIXEL_MEAN "[123.675, 116.28, 103.53]" MODEL.PIXEL_STD "[58.395, 57.12, 57.375]"' in said
+    assert ("NUM_GROUPS 1 MODEL.RESNETS.WIDTH_PER_GROUP 64" in said) == bottleneck
+
+
+def test_the_authors_file_keeps_its_head_under_the_stem(tmp_path):
+    """Their converter takes everything below encoder_q: the projection head becomes stem.fc."""
+    backbone, head = make_backbone("resnet18"), nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    state = {f"module.encoder_q.{k}": v for k, v in backbone.state_dict().items()}
+    state |= {f"module.encoder_q.fc.{k}": v for k, v in head.state_dict().items()}
+    state |= {"module.queue": torch.zeros(128, 4), "module.encoder_k.conv1.weight": torch.zeros(1)}
+    torch.save({"arch": "resnet18", "epoch": 200, "state_dict": state}, tmp_path / "moco.pth.tar")
+    hub.to_detectron2(tmp_path / "moco.pth.tar", tmp_path / "out.pkl")
+    model = pickle.loads((tmp_path / "out.pkl").read_bytes())["model"]
+    heads = {f"stem.fc.{k}": v for k, v in head.state_dict().items()}
+    assert set(model) == set(detectron2_names(*RESNETS["resnet18"])) | set(heads) and len(heads) == 4
+    assert all(np.array_equal(model[k], v) for k, v in heads.items())
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [("test_efficientnet", "conv_stem"), ("resnet18_small", "3x3"), ("test_resnet", "conv1.0"), ("resnet18d", "conv1.0")],
+)  # fmt: skip
+def test_what_detectron2_has_no_names_for_is_refused(name, why, tmp_path):
+    make_run(tmp_path / "run", make_backbone(name))
+    message = stop_message(hub.to_detectron2, tmp_path / "run", tmp_path / "out.pkl")
+    assert message.startswith(f"to-detectron2 {tmp_path / 'run'}: {name}") and why in message
+    assert not (tmp_path / "out.pkl").exists()
+
+
+def test_detectron2_errors_are_one_line(tmp_path):
+    message = stop_message(hub.to_detectron2, "/nowhere/run", tmp_path / "out.pkl")
+    assert message.startswith("to-detectron2 /nowhere/run: no such file")
+    make_run(tmp_path / "run", make_backbone("resnet18"))
+    message = stop_message(hub.to_detectron2, tmp_path / "run", tmp_path / "nowhere" / "out.pkl")
+    assert "out.pkl: No such file" in message

@@ -153,16 +153,20 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         return self.act(self.drop(y)) if isinstance(self, BatchNormAct2d) else y
 
     def _synchronised(self, x: Tensor) -> Tensor:
-        """Mean, then variance around it: two sums over the group's processes."""
+        """Mean, then variance around it: two sums over the group's processes, whose shares may differ (regions)."""
         over = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * (self.group_size // self.share)
-        mean = _AllReduce.apply(x.sum(over), self.process_group) / count
+        wide = torch.promote_types(x.dtype, torch.float32)  # a count in bf16 would be rounded
+        total = torch.cat((x.sum(over, dtype=wide), x.new_full((1,), x.numel() // x.shape[1], dtype=wide)))
+        total = _AllReduce.apply(total, self.process_group)
+        count = total[-1].detach()
+        mean = total[:-1] / count
         centred = x - mean.view(shape)
         var = _AllReduce.apply(centred.square().sum(over), self.process_group) / count
         with torch.no_grad():
+            unbiased = var * (count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         y = centred * (var + self.eps).rsqrt().view(shape)
         return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
 

@@ -322,7 +322,7 @@ class Run:
         if self.accelerator.is_main_process:
             (self.dir / "teacher.json").write_text(json.dumps({**teacher.facts, "role": role}, indent=2) + "\n")
 
-    def finish(self, source: common.Source | None, results: dict) -> None:
+    def finish(self, source: common.Source | common.Annotated | None, results: dict) -> None:
         """Close the log, write results.json and, where images could not be read, bad_images.txt.
 
         results.json holds `results`, the trainer's name, the data's fingerprint and the versions: what a figure needs to

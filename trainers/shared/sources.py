@@ -65,9 +65,15 @@ class Source:
         if self.labels is not None:
             crc = zlib.crc32(self.labels.numpy().tobytes(), crc)
         some = range(0, len(self), max(1, len(self) // 32))
-        for part in self.pixels.numpy() if self.pixels is not None else map(self.read, some):
+        for part in self.pixels.numpy() if self.pixels is not None else map(self._bytes, some):
             crc = zlib.crc32(part, crc)
         return f"{crc:08x}"
+
+    def _bytes(self, i: int) -> bytes:
+        try:
+            return self.read(i)
+        except OSError:  # a missing file is among the bad images, it must not lose the results
+            return b""
 
     def decode(self, i: int) -> Tensor:
         """Image i as (3, H, W) uint8 RGB; raises ValueError if it is not an image."""
@@ -137,7 +143,7 @@ def open_source(
     elif path.is_dir() and not _has_tables(path):
         source = _open_folder(path, role, split)
     else:
-        source = _open_dataset(data, path, role, split, image_column, label_column)
+        source = _open_dataset(data, role, split, image_column, label_column)
     if source is None:
         return None
     if subset and role == "train":
@@ -312,11 +318,12 @@ def _number(values: list) -> tuple[Tensor, list[str]]:
     return torch.tensor([number[str(v)] for v in values]), classes
 
 
-def _open_dataset(data: str, path: Path, role: str, split: str, image_column: str, label_column: str) -> Source | None:
-    """A parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub."""
+def open_table(data: str, role: str, split: str):
+    """A split of a parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub; None without it."""
     import datasets  # takes a second: only runs that use it pay
 
     datasets.disable_progress_bars()
+    path = Path(data).expanduser()
     local = path.exists() or "*" in data
     if not local and (data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1):
         raise SystemExit(f"--data {data}: no such file or folder")
@@ -337,7 +344,17 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         opened = opened[name]
     elif role == "eval" or split:
         return _pick_split((), role, split, data)  # None, or the error that there are no splits
-    columns = opened.features
+    return opened
+
+
+def _open_dataset(data: str, role: str, split: str, image_column: str, label_column: str) -> Source | None:
+    """An image column of a table, with its label column if there is one."""
+    import datasets
+
+    opened = open_table(data, role, split)
+    if opened is None:
+        return None
+    columns, path = opened.features, Path(data).expanduser()
     images = [k for k, f in columns.items() if isinstance(f, datasets.Image)]
     if image_column and image_column not in columns:
         raise SystemExit(f"--image-column {image_column}: {data} has the columns {', '.join(columns)}")
@@ -373,7 +390,7 @@ def _open_dataset(data: str, path: Path, role: str, split: str, image_column: st
         classes=classes,
         where=partial(_row_name, data),
         file_names=names,
-        licence=opened.info.license or _card_licence(data, path if local else None),
+        licence=opened.info.license or _card_licence(data, path if path.exists() or "*" in data else None),
     )
 
 
