@@ -465,7 +465,7 @@ def test_a_gallery_on_disk_takes_a_bounded_amount_of_memory(tmp_path):
         figures[where], last = done.stdout.splitlines()[-2:]
         added[where], gallery = map(float, last.split())
     assert gallery > 330 and "1: 100.0" in figures["file"] and figures["file"] == figures["memory"]
-    assert added["file"] < 100 < 250 < added["memory"], added  # on top of an earlier peak
+    assert added["file"] < 200 < 250 < added["memory"], added  # on top of an earlier peak
 
 
 def test_a_full_disk_gets_one_line(tmp_path):
