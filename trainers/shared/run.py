@@ -134,7 +134,12 @@ class Run:
         if self.accelerator.is_main_process:
             if data is not None:
                 facts = {"name": data.source.name, "images": len(data.source), "licence": data.source.licence}
-                (self.dir / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
+                try:
+                    (self.dir / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
+                except OSError as error:
+                    raise SystemExit(
+                        f"--run-dir {self.dir}: not writable ({error.strerror}); free space there"
+                    ) from None
             log = self.dir / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
