@@ -607,11 +607,11 @@ def extract_features(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
-    into: Callable[[int, int], "Tensor | StoredFeatures"] = torch.zeros,
+    into: "Callable[[int, int], StoredFeatures | Tensor] | None" = None,
 ) -> "Tensor | StoredFeatures":
     """(N, D) float32 CPU features of a source's images in order, the same on every process; each computes its share.
 
-    `into` makes the place for them, called with N and D: memory, or the rows of a file that all processes can write.
+    `into` makes the place for them, called with N and D: rows of a file that all processes can write; None: memory.
     """
     features, world = None, accelerator.num_processes
     training = isinstance(model, nn.Module) and model.training
@@ -624,7 +624,7 @@ def extract_features(
         with accelerator.autocast():
             y = model(x).float().cpu()
         if features is None:
-            features = into(len(source), y.shape[1])
+            features = into(len(source), y.shape[1]) if into else y.new_zeros(len(source), y.shape[1])
         features[indices] = y
     if training:
         model.train()

@@ -78,7 +78,8 @@ class RecordedBatches:
         self.images, self.at, self.views = torch.from_numpy(images).double(), epoch, [(None, images.shape[-1])]
         self.patches = None if patches is None else torch.from_numpy(patches).double()
         self.steps_per_epoch = len(images) / epochs
-        self.source = mock.MagicMock(name="recorded images", bad={}, __len__=lambda _: 0)
+        self.source = mock.MagicMock(bad={}, licence="", __len__=lambda _: 0)
+        self.source.name = "recorded images"
 
     def epoch(self, step: int) -> int:
         return self.at

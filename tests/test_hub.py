@@ -529,7 +529,8 @@ def session(tmp_path_factory):
         ("pull, own private", READ_TOKEN, "pull", ["tester/secret"], {}),
         ("teacher, no repo", "", "load_teacher", [nothing], {}),
     ]
-    down = [("push", WRITE_TOKEN, "push", student, {}), ("pull", "", "pull", [nothing], {})]
+    released = [str(run / "release"), "tester/student"]  # not rebuilt: several processes push it at once
+    down = [("push", WRITE_TOKEN, "push", released, {}), ("pull", "", "pull", [nothing], {})]
     (folder / "consumer.py").write_text(CONSUMER)
     (folder / "calls.py").write_text(CALLS)
 

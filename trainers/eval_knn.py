@@ -109,7 +109,7 @@ def in_space(gallery: Features, queries: Tensor, space: str) -> tuple[Features, 
     """Both feature sets, (N, D) and (M, D), as --space has them."""
     if space == "raw":
         return gallery, queries
-    mean = torch.zeros(queries.shape[1])
+    mean = queries.new_zeros(queries.shape[1])
     if space == "shifted":
         parts = (gallery[at : at + 10_000] for at in range(0, len(gallery), 10_000))
         mean = (sum(part.double().sum(0) for part in parts) / len(gallery)).to(queries.dtype)
@@ -176,7 +176,7 @@ def features_of(
 
     def into(count: int, width: int) -> Features:
         if file is None and 4 * count * width <= IN_MEMORY:
-            return torch.zeros(count, width)
+            return torch.zeros(count, width, dtype=torch.float32)
         try:
             rows.update(new_rows(beside, whose, counts, width, run))
         except OSError as error:
@@ -186,7 +186,7 @@ def features_of(
             ) from None
         return rows["gallery"]
 
-    gallery, queries = extract("gallery", into), extract("queries", torch.zeros)
+    gallery, queries = extract("gallery", into), extract("queries", None)
     if file is not None and run.accelerator.is_main_process:
         rows["queries"][torch.arange(len(queries))] = queries
         os.replace(beside, file)
@@ -246,7 +246,7 @@ def main(args: Args) -> dict[str, float]:
     figures, table = {}, {}
     for name, function in rows.items():
 
-        def extract(side: str, into: Callable, function=function) -> Features:
+        def extract(side: str, into: Callable | None, function=function) -> Features:
             images = {"gallery": gallery, "queries": queries}[side]
             return common.extract_features(
                 function, images, recipe, args.image_size, accelerator, into=into, **options
