@@ -1,5 +1,6 @@
 """What every test shares: one thread, no way out to the internet, real images where there are any."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -27,6 +28,16 @@ def real_images() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real images in {DATA}: set CLEANDISTILL_DATA")
     return DATA
+
+
+@pytest.fixture(scope="module")
+def digits_once():
+    """Every run of a trainer opens the embedded digits: draw them once."""
+    from trainers.shared import sources
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_digits", functools.cache(sources._digits))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """kNN and the linear probe: against scikit-learn, against themselves, and from the command line's flags to the files."""
 
 import dataclasses
-import functools
 import json
 import os
 import runpy
@@ -25,20 +24,12 @@ from torch import nn
 import common
 import hub
 from trainers import eval_knn, eval_linear
-from trainers.shared import sources
 from trainers.shared.run import save_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_KNN = ROOT / "tests" / "golden" / "loss" / "metrics_ssl_small.npz"
+pytestmark = pytest.mark.usefixtures("digits_once")
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def digits_once():
-    """Every run of a trainer opens the embedded digits: draw them once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_digits", functools.cache(sources._digits))
-        yield
 
 
 @pytest.fixture(scope="module")

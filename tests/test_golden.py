@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN
 from golden import replay
 from rederived import trajectories
-from torch.utils._python_dispatch import TorchDispatchMode
+from tools import Largest
 
 from common import LARS
 from trainers import swav, swav_disco
@@ -45,18 +45,6 @@ def arrays(name):
 
 def close(ours, theirs, tolerance=1e-9):
     torch.testing.assert_close(ours, theirs.to(ours), rtol=tolerance, atol=tolerance)
-
-
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that is made, in the backward pass too."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return out
 
 
 def test_every_recorded_trajectory_is_replayed():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import common
 import hub
 from trainers import moco, supervised
-from trainers.shared.card import contradicts, inherited
+from trainers.shared.card import contradicts, inherited, read_licence
 from trainers.shared.run import save_head
 
 HUB = str(common.ROOT / "hub.py")
@@ -416,6 +416,15 @@ def test_what_binds_in_a_chain_is_handed_down(parts, licence):
     assert inherited(parts) == licence
     assert not contradicts(licence, licence)
     assert contradicts("mit", licence) is (licence not in ("apache-2.0", "unknown"))
+
+
+def test_a_licence_is_read_where_a_card_states_one(tmp_path):
+    stated = {"license: mit\n": "mit", "license:\n- mit\n": "mit", "license:\n  - 'mit'\n": "mit", "": "unknown"}
+    stated |= {"license: other\nlicense_name: a b\n": "a b", "license:\ntags:\n- x\n": "unknown"}
+    for text, licence in stated.items():
+        (tmp_path / "README.md").write_text(f"---\nlibrary_name: timm\n{text}tags: [x]\n---\nlicense: gpl-3.0\n")
+        assert read_licence(tmp_path / "README.md") == licence, text
+    assert read_licence(tmp_path / "nothing.md") == "unknown"
 
 
 def test_the_datas_licence_and_the_starts_reach_the_card(tmp_path):

@@ -1,6 +1,5 @@
 """eval_metrics.py: the authors' figures to 1e-9, closed forms and brute force, the static set, and flags to files."""
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -12,9 +11,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
 from runs import command, launch, photographs
 from test_training import sabotaged
-from tools import make_backbone, stop_message
+from tools import Largest, make_backbone, stop_message
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou
 
 import common
@@ -34,12 +32,7 @@ from trainers.eval_metrics import (
 from trainers.shared import sources
 from trainers.shared.run import save_backbone
 
-
-@pytest.fixture(scope="module", autouse=True)
-def digits_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_digits", functools.cache(sources._digits))
-        yield
+pytestmark = pytest.mark.usefixtures("digits_once")
 
 
 @pytest.fixture(scope="module")
@@ -181,16 +174,6 @@ def test_a_negative_in_a_later_block_of_the_gallery_counts():
     median = int(nearer.median())
     expected = 100 * (nearer < median).double().mean()
     assert instance_discrimination(x, y, median, some)[-1] == pytest.approx(float(expected)) and 0 < expected < 100
-
-
-class Largest(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return out
 
 
 def test_no_metric_makes_a_matrix_of_all_pairs():

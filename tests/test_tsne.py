@@ -1,7 +1,6 @@
 """eval_tsne.py: the same picture every time, one scale, classes that can be told apart, and flags to files."""
 
 import csv
-import functools
 import json
 import sys
 from pathlib import Path
@@ -16,17 +15,10 @@ from tools import stop_message
 import common
 from trainers import eval_tsne
 from trainers.eval_tsne import choose_classes, draw, embed, same_class_neighbours, shortened
-from trainers.shared import sources
 from trainers.shared.run import save_backbone
 
 pytest.importorskip("matplotlib", reason="the extra plot")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def digits_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_digits", functools.cache(sources._digits))
-        yield
+pytestmark = pytest.mark.usefixtures("digits_once")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What several test files need: run folders without training, and the one line with which something stops."""
+"""What several test files need: run folders without training, the one line with which something stops, the largest tensor."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import hub
@@ -45,3 +46,15 @@ def make_run(folder: Path, backbone: nn.Module, trainer=simsiam, **flags) -> hub
     run = hub.Run(args, trainer.__file__, Accelerator(cpu=True))
     run.save(3, {"model": backbone}, backbone)
     return run
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made, in the backward pass too."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out

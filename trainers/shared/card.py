@@ -41,7 +41,7 @@ def contradicts(licence: str, chain: str) -> bool:
 def read_licence(card: Path) -> str:
     """The licence in the front matter of a model's or a data set's card, "unknown" without one."""
     front = card.read_text(errors="replace").split("\n---", 1)[0] if card.exists() else ""
-    found = dict(re.findall(r"^(license(?:_name)?):\s*(?:- )?(.+)$", front, re.M))
+    found = dict(re.findall(r"^(license(?:_name)?):[ \t]*(?:\n[ \t]*- )?(\S.*)$", front, re.M))
     return (found.get("license_name") or found.get("license") or "unknown").strip("\"' []")
 
 
