@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 # Chapters that would make this file too long to read: networks of our own, where images and boxes come from, the random views.
-from trainers.shared.adapters import GaussianRegressor, MapRegressor, Shape, UnitEmbedding, conv_stack, same_size
 from trainers.shared.boxes import (
     Annotated,
     average_precision,

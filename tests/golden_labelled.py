@@ -76,7 +76,7 @@ def networks_of(name: str) -> tuple[str, str]:
 
 
 def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, list]:
-    """Run `trainer` over a record of SSKD (trainers sskd, supervised) or RepDistiller (trainer kd, one `method`).
+    """Run `trainer` over a record of SSKD (trainers sskd, supervised) or RepDistiller (kd with a `method`, crd, ab, ft).
 
     Returned: {"loss": [...], ...}, one list per logged metric, over both phases or stages; "head_steps", the first
     one's steps; "norms", {part: {official name: norm}} after the last step, part being a name in the checkpoint.
@@ -101,7 +101,8 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
     record = {}
     if rep:
         record = json.loads((npz_path.parent / "rep_steps.json").read_text())
-        method = flags.setdefault("method", "kd")
+        method = trainer.Args(**flags).run_dir.name  # one trainer a method, but for kd's seven
+        method = flags.setdefault("method", "kd") if method == "kd" else method
         key = REP_NAMES.get(method, method)
         init, indices = len(arrays[f"{key}/init_loss"]), torch.from_numpy(arrays["index"])
         source.size = int(re.search(r"n_data (\d+)", record["how"])[1])
@@ -169,7 +170,7 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
     keys = dict.fromkeys(key for line in lines for key in line)
     result: dict = {key: [line[key] for line in lines if key in line] for key in keys}
     result["norms"], result["memory"] = {}, saved.get("memory")
-    for part in saved.keys() & {"ssp_head", "student", "model", "first"}:
+    for part in saved.keys() & {"ssp_head", "student", "model", "connected", "paraphraser"}:
         for key, tensor in saved[part].items():
             where, name = official(part, key, rep)
             if rep and student_name == "mobilenetv2_cifar":
@@ -181,13 +182,12 @@ def replay_labelled(trainer: ModuleType, npz_path: Path, **flags) -> dict[str, l
 # A checkpoint's part and name of a tensor -> the record's, first match wins.
 SSKD_NAMES = [(r"ssp_head/", "ssp/proj_head."), (r"student/head\.", "student/proj_head."), (r"", "")]
 REP_PARTS = [
-    (r"student/helpers\.translator\.", "translator/encoder."),
-    (r"student/helpers\.(\w+)\.", r"\1/"),
-    (r"student/backbone\.", "student/"),
-    (r"first/backbone\.", "copy/"),
-    (r"first/own\.0\.(?=\d+\.\w+$)", "paraphraser/encoder."),
-    (r"first/own\.1\.(?=\d+\.\w+$)", "paraphraser/decoder."),
-    (r"first/own\.", "connector/connectors."),
+    (r"student/helper\.translator\.", "translator/encoder."),
+    (r"student/helper\.(\w+)\.", r"\1/"),
+    (r"student/(backbone\.)?", "student/"),
+    (r"connected/backbone\.", "copy/"),
+    (r"connected/connectors\.", "connector/connectors."),
+    (r"paraphraser/", "paraphraser/"),
 ]
 
 
@@ -203,17 +203,22 @@ def _head(create):
     return lambda dim: initialise(create(dim), "proj_head.")
 
 
-def _helpers(create):
-    def stand_in(args, *shapes):
-        beside, before = create(args, *shapes)
-        for name, helper in beside.items():
-            initialise(helper, f"{name}.encoder." if name == "translator" else f"{name}.", rounded=False)
-        prefixes = ("paraphraser.encoder.", "paraphraser.decoder.")
-        for i, helper in enumerate(before or ()):
-            initialise(helper, f"connector.connectors.{i}." if args.method == "ab" else prefixes[i], rounded=False)
-        return beside, before
+def _helper(create):
+    def stand_in(*args):
+        helper = create(*args)
+        for name, part in helper.named_children():
+            initialise(part, f"{name}.encoder." if name == "translator" else f"{name}.", rounded=False)
+        return helper
 
     return stand_in
+
+
+def _connectors(create):
+    return lambda *shapes: initialise(create(*shapes), "connector.connectors.", rounded=False)
+
+
+def _paraphraser(create):
+    return lambda width: initialise(create(width), "paraphraser.", rounded=False)
 
 
 def _memory(_):
@@ -226,4 +231,7 @@ def _memory(_):
     return stand_in
 
 
-STAND_INS = {"create_head": _head, "create_helpers": _helpers, "initial_memory": _memory}
+STAND_INS = {
+    "create_head": _head, "create_helper": _helper, "create_connectors": _connectors, "Paraphraser": _paraphraser,
+    "initial_memory": _memory,
+}  # fmt: skip

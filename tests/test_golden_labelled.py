@@ -10,7 +10,7 @@ from golden_labelled import REP_NAMES
 from torch import nn
 
 import common
-from trainers import kd, sskd
+from trainers import ab, crd, ft, kd, sskd
 
 REP = "rep_resnet32x4_resnet8x4_f64"
 RUNS = ["sskd_calib_wrn402_wrn162_f64", "sskd_calib_resnet32x4_resnet8x4_f64"]
@@ -47,7 +47,7 @@ def test_every_recorded_trajectory_is_replayed():
     recorded = {p.stem for pattern in ("sskd_*.npz", "rep_*.npz") for p in (GOLDEN / "steps").glob(pattern)}
     assert recorded == {*RUNS, REP}
     methods = {key.split("/")[0] for key in np.load(GOLDEN / "steps" / f"{REP}.npz") if key.endswith("/flags")}
-    ours = {REP_NAMES.get(method, method) for method in kd.WEIGHTS} | {"crd+kd"}
+    ours = {REP_NAMES.get(method, method) for method in (*kd.METHODS, "ab", "ft", "crd")} | {"crd+kd"}
     assert methods - ours == {"correlation", "fsp", "nst"} and ours <= methods  # not in SSKD's table
 
 
@@ -239,7 +239,7 @@ def test_fitnet_is_the_authors(case):
     g = cases("rep_hint")[case]
     student = g["feat_s"].clone().requires_grad_()
     shapes = (tuple(g[f"feat_{side}"].shape[1:]) for side in "st")
-    regressor = loaded(common.MapRegressor(*shapes, relu=True), g, "param/regress.")
+    regressor = loaded(kd.MapRegressor(*shapes, relu=True), g, "param/regress.")
     regressed = regressor(student)
     close(regressed, g["regressed"])
     loss = kd.fitnet(regressed, g["feat_t"])
@@ -251,11 +251,11 @@ def test_fitnet_is_the_authors(case):
 def test_vid_is_the_authors(case):
     g = cases("rep_vid")[case]
     student = g["feat_s"].clone().requires_grad_()
-    gaussian = common.GaussianRegressor(student.shape[1], g["feat_t"].shape[1])
+    gaussian = kd.GaussianRegressor(student.shape[1], g["feat_t"].shape[1])
     start = nn.functional.softplus(gaussian.log_scale.detach().double()) + 1e-5
     close(start, torch.full_like(start, 5.0), 1e-5)
     loaded(gaussian, g, "param/vid.")
-    loss = kd.vid(*gaussian(*common.same_size(student, g["feat_t"])))
+    loss = kd.vid(*gaussian(*kd.same_size(student, g["feat_t"])))
     close(loss, g["loss"])
     check_gradients(loss, g, {"grad_feat_s": student}, gaussian, "vid.")
 
@@ -268,16 +268,16 @@ def test_ab_is_the_authors(case):
     for s, t in zip(student, teacher, strict=True):
         same = s.shape == t.shape
         connectors["connectors"].append(
-            nn.Identity() if same else common.MapRegressor(tuple(s.shape[1:]), tuple(t.shape[1:]), relu=False)
+            nn.Identity() if same else ab.MapRegressor(tuple(s.shape[1:]), tuple(t.shape[1:]), relu=False)
         )
     loaded(connectors, g, "param/connector.")
     connected = [connect(s) for connect, s in zip(connectors["connectors"], student, strict=True)]
     for i, ours in enumerate(connected):
         close(ours, g[f"connected.{i}"])
-        before = kd.ab(connected[:i], teacher[:i]) / 2 ** (len(connected) - i) if i else 0
-        alone = kd.ab(connected[: i + 1], teacher[: i + 1]) / 2 ** (len(connected) - 1 - i) - before
+        before = ab.ab(connected[:i], teacher[:i]) / 2 ** (len(connected) - i) if i else 0
+        alone = ab.ab(connected[: i + 1], teacher[: i + 1]) / 2 ** (len(connected) - 1 - i) - before
         close(alone, g[f"loss_group.{i}"])
-    loss = kd.ab(connected, teacher)
+    loss = ab.ab(connected, teacher)
     close(loss, g["loss"])
     check_gradients(loss, g, {f"grad_feat_s.{i}": s for i, s in enumerate(student)}, connectors, "connector.")
 
@@ -286,11 +286,9 @@ def test_ab_is_the_authors(case):
 def test_ft_is_the_authors(case):
     g = cases("rep_ft")[case]
     student, (c_s, c_t) = g["feat_s"].clone().requires_grad_(), (g[f"feat_{side}"].shape[1] for side in "st")
-    args = kd.Args(method="ft")
-    shapes = ([(c, 8, 8), (c, 4, 4), (c,)] for c in (c_s, c_t))
     shapes = [[(3, 8, 8), (c, 4, 4), (c,)] for c in (c_s, c_t)]
-    beside, (encoder, decoder) = kd.create_helpers(args, *shapes)
-    paraphraser = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    beside, paraphraser = ft.create_helper(*shapes), ft.Paraphraser(c_t)
+    encoder, decoder = paraphraser.encoder, paraphraser.decoder
     loaded(paraphraser, g, "param/paraphraser.")
     factor = encoder(g["feat_t"])
     close(factor, g["factor_t"])
@@ -304,7 +302,7 @@ def test_ft_is_the_authors(case):
         close(grad, g[f"grad_init/paraphraser.{name}"])
     translator = loaded(beside["translator"], g, "param/translator.encoder.")
     close(translated := translator(student), g["factor_s"])
-    loss = kd.ft(translated, factor.detach())
+    loss = ft.ft(translated, factor.detach())
     close(loss, g["loss"])
     check_gradients(loss, g, {"grad_feat_s": student}, translator, "translator.encoder.")
 
@@ -312,11 +310,11 @@ def test_ft_is_the_authors(case):
 def test_crd_and_its_memories_are_the_authors(monkeypatch):
     (g,) = cases("rep_crd").values()
     initial = iter((g["memory_v1_init"], g["memory_v2_init"]))
-    monkeypatch.setattr(kd, "initial_memory", lambda *_: next(initial).clone())
-    memory = kd.Memory(g["n_data"].item(), 12)
+    monkeypatch.setattr(crd, "initial_memory", lambda *_: next(initial).clone())
+    memory = crd.Memory(g["n_data"].item(), 12)
     memory.constants = memory.constants.double()
     embed_s, embed_t = (
-        loaded(common.UnitEmbedding(width, 12), g, f"param/crd.{name}.")
+        loaded(crd.UnitEmbedding(width, 12), g, f"param/crd.{name}.")
         for name, width in (("embed_s", 16), ("embed_t", 24))
     )
     for step in range(3):
@@ -326,7 +324,7 @@ def test_crd_and_its_memories_are_the_authors(monkeypatch):
         candidates = now["contrast_idx"]
         assert torch.equal(candidates[:, 0], now["index"])
         probabilities = memory(*pair, candidates, g["nce_t"].item(), first=step == 0)
-        loss = kd.crd(*probabilities, g["n_data"].item())
+        loss = crd.crd(*probabilities, g["n_data"].item())
         close(loss, g[f"loss_step{step}"])
         modules = nn.ModuleDict({"embed_s": embed_s, "embed_t": embed_t})
         check_gradients(loss, now, {"grad_feat_s": student}, modules, "crd.")
@@ -336,11 +334,12 @@ def test_crd_and_its_memories_are_the_authors(monkeypatch):
         close(memory.constants, now["params_buffer"][2:4])
 
 
-@pytest.mark.parametrize("method", [*kd.WEIGHTS, "crd+kd"])
+@pytest.mark.parametrize("method", [*kd.METHODS, "ab", "ft", "crd", "crd+kd"])
 def test_main_repeats_repdistillers_trajectory(method):
-    path, flags = GOLDEN / "steps" / f"{REP}.npz", {"method": method.partition("+")[0]}
+    path = GOLDEN / "steps" / f"{REP}.npz"
+    trainer, flags = ("kd", {"method": method}) if method in kd.METHODS else (method.partition("+")[0], {})
     flags |= {"kd_weight": 1.0} if method == "crd+kd" else {}
-    record, ours = np.load(path), replay("kd", path, **flags)
+    record, ours = np.load(path), replay(trainer, path, **flags)
     key = REP_NAMES.get(method, method)
     init = len(record[f"{key}/init_loss"])
     assert (init == 2) == (method in ("ab", "ft")) and len(ours["loss"]) == init + 3

@@ -1,4 +1,4 @@
-"""Ten ways to distil a labelled teacher, as SSKD's table compares them: RepDistiller's losses, weights and stages.
+"""Seven ways to distil a labelled teacher, as SSKD's table compares them: RepDistiller's losses and weights.
 
 Student and teacher see one view; s, t are their feature maps f_0 (stem), f_1 ... f_n (stages) and pooled vectors:
 
@@ -11,26 +11,22 @@ Student and teacher see one view; s, t are their feature maps f_0 (stem), f_1 ..
   vid     Gaussian of every map            Ahn et al., CVPR 2019, arXiv:1904.05835
   rkd     distances and angles             Park et al., CVPR 2019, arXiv:1904.05068
   pkt     distribution of similarities     Passalis & Tefas, ECCV 2018, arXiv:1803.10837
-  ab      activation boundaries, first     Heo et al., AAAI 2019, arXiv:1811.03233
-  ft      factors of an autoencoder        Kim et al., NeurIPS 2018, arXiv:1802.04977
-  crd     contrast with a memory           Tian et al., ICLR 2020, arXiv:1910.10699
 
-Each is a function below; they share one loop because that is how the table compares them. Two have a first stage of
-`--init-epochs`: ab moves the student's maps over the teacher's activation boundaries and then learns from labels alone,
-ft trains the autoencoder (paraphraser) on the teacher's last map.
+Each is one row of METHODS: weights, what is compared, loss. The table's others have trainers of their own, for they
+have a memory (crd.py) or a first stage (ab.py, ft.py).
 Reference code: github.com/HobbitLong/RepDistiller @ b84f547. Differences from it:
   D1. An epoch's last partial batch is left out.
-  D2. crd's negatives are one image from each of K equal slices of the other classes' images, in place of a draw of K
-      without replacement: as likely each, none twice, and no pass over the data for every image.
-  D3. --kd-weight and --method-weight have the scripts' values by default; there both must be given.
-  D4. CIFAR-100's mean is SSKD's; RepDistiller's differs by 1e-4 in two figures.
+  D2. --kd-weight and --method-weight have the scripts' values by default; there both must be given.
+  D3. CIFAR-100's mean is SSKD's; RepDistiller's differs by 1e-4 in two figures.
 
 Run:  accelerate launch trainers/kd.py --data CIFAR100 --teacher RUN --student resnet8x4 --method sp
 Results: configs/kd/*.toml record command, hardware, time and accuracy of each run.
 """
 
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,11 +39,6 @@ from torch import Tensor, nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # before PyPI's common and hub
 import common
 import hub
-
-WEIGHTS = {  # w_CE, w_KD, w of scripts/run_cifar_distill.sh
-    "kd": (0.1, 0.9, 0), "fitnet": (1, 0, 100), "at": (1, 0, 1000), "sp": (1, 0, 3000), "vid": (1, 0, 1),
-    "rkd": (1, 0, 1), "pkt": (1, 0, 30000), "ab": (1, 0, 1), "ft": (1, 0, 200), "crd": (1, 0, 0.8),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,28 +94,18 @@ class Args:
     """start from this checkpoint instead of random weights: the same forms as --teacher"""
 
     # --- method ---
-    method: Literal["kd", "fitnet", "at", "sp", "vid", "rkd", "pkt", "ab", "ft", "crd"] = "kd"
+    method: Literal["kd", "fitnet", "at", "sp", "vid", "rkd", "pkt"] = "kd"
     """what is distilled, named above"""
     ce_weight: float | None = None
     """w_CE; unset: the method's, 0.1 for kd and 1 for the others [scripts/run_cifar_distill.sh -r]"""
     kd_weight: float | None = None
     """w_KD; unset: the method's, 0.9 for kd and 0 for the others [-a]"""
     method_weight: float | None = None
-    """w; unset: the method's, from 0.8 for crd to 30000 for pkt [-b]"""
+    """w; unset: the method's, from 1 for vid and rkd to 30000 for pkt [-b]"""
     kd_temperature: float = 4.0
     """T of L_KD [train_student.py --kd_T]"""
     hint_layer: int = 2
     """the map that fitnet regresses, 0 being the stem's [train_student.py]"""
-    init_epochs: float = 30
-    """epochs of ab's and ft's first stage; with --total-steps their share is init_epochs / (init_epochs + epochs) [train_student.py]"""
-    crd_dim: int = 128
-    """width of crd's embeddings [train_student.py --feat_dim]"""
-    crd_negatives: int = 16384
-    """K, images of other classes that each image is contrasted with [train_student.py --nce_k]"""
-    crd_temperature: float = 0.07
-    """temperature of crd's scores [train_student.py --nce_t]"""
-    crd_momentum: float = 0.5
-    """share of the old embedding that crd's memory keeps [train_student.py --nce_m]"""
     bn_group_size: int = 0
     """images per BatchNorm group; 0: the whole batch (SyncBN)"""
 
@@ -139,8 +120,6 @@ class Args:
     """sgd with momentum is the paper's; adamw learns the embedded digits in a few passes"""
     base_lr: float | None = None
     """learning rate per 256 images; unset: 0.2, and 0.04 for MobileNetV2 and ShuffleNets, 0.05 and 0.01 at 64 [train_student.py]"""
-    init_lr: float | None = None
-    """the same in the first stage; unset: base_lr's, and 0.04 for ft with a CIFAR ResNet or WideResNet [helper/pretrain.py]"""
     schedule: Literal["cosine", "step"] = "step"
     """cosine to zero, or x --lr-decay at every milestone"""
     milestones: tuple[int, ...] = (150, 180, 210)
@@ -157,7 +136,7 @@ class Args:
     """torch.compile the networks; pays on GPUs for runs longer than a few minutes"""
 
 
-# Losses. Each takes tensors and returns a scalar; only the student's side gets a gradient, and crd's teacher embedding.
+# Losses. Each takes tensors and returns a scalar; only the student's side gets a gradient.
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -177,9 +156,15 @@ def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student, teacher.detach())
 
 
+def same_size(*maps: Tensor) -> list[Tensor]:
+    """Feature maps (B, C, H, W), the larger ones pooled to the smallest one's height and width."""
+    size = min(f.shape[2:] for f in maps)
+    return [f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f in maps]
+
+
 def at(student: Tensor, teacher: Tensor) -> Tensor:
     """Attention transfer of one stage. (B, C, H, W) and (B, C', H', W') -> scalar >= 0."""
-    student, teacher = common.same_size(student, teacher.detach())
+    student, teacher = same_size(student, teacher.detach())
     return (attention(student) - attention(teacher)).square().mean()
 
 
@@ -221,133 +206,135 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
     return (p_t * ((p_t + 1e-7) / (p_s + 1e-7)).log()).mean()
 
 
-def ab(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-    """Activation boundaries with margin 1, over maps before the activation; the last stage counts 3/1000, others halve."""
-    total = 0
-    for i, (s, t) in enumerate(zip(reversed(students), reversed(teachers), strict=True)):
-        wrong_on = (s + 1).square() * ((s > -1) & (t <= 0))
-        wrong_off = (s - 1).square() * ((s <= 1) & (t > 0))
-        total = total + (wrong_on + wrong_off).sum() / len(s) * 0.003 / 2**i
-    return total
+class MapRegressor(nn.Module):
+    """A feature map of shape (C, H, W) to another's shape by one convolution and BatchNorm, with ReLU if asked for.
 
-
-def ft(student: Tensor, teacher: Tensor) -> Tensor:
-    """Factor transfer: mean absolute difference of the factors' attention. (B, K, H, W) and (B, K, H', W')."""
-    student, teacher = common.same_size(student, teacher.detach())
-    return (attention(student) - attention(teacher)).abs().mean()
-
-
-def crd(student: Tensor, teacher: Tensor, count: int) -> Tensor:
-    """Contrastive representation distillation: tell each embedding's counterpart from K others out of `count` images.
-
-    student, teacher: (B, 1 + K), the probability of either side's embedding with each candidate, the own image first.
+    Raises SystemExit for sizes that one convolution does not lead to: smaller and not half of it.
     """
-    total = 0
-    for p in (student, teacher):
-        noise = (p.shape[1] - 1) / count
-        positive = (p[:, 0] / (p[:, 0] + noise + 1e-7)).log()
-        negative = (noise / (p[:, 1:] + noise + 1e-7)).log()
-        total = total - (positive + negative.sum(1)).mean()
-    return total
 
-
-LOSSES = {"fitnet": fitnet, "at": at, "sp": sp, "vid": vid, "rkd": rkd, "pkt": pkt, "ft": ft, "crd": crd}
-
-
-class Student(nn.Module):
-    """Backbone and helpers: images and the teacher's features -> logits, and the arguments of the method's losses."""
-
-    def __init__(self, args: Args, backbone: nn.Module, helpers: nn.ModuleDict):
+    def __init__(self, ours: common.Shape, theirs: common.Shape, relu: bool):
         super().__init__()
-        self.method, self.hint, self.backbone, self.helpers = args.method, args.hint_layer, backbone, helpers
+        (width, side, _), (goal_width, goal, _) = ours, theirs
+        if side == 2 * goal:
+            self.conv = nn.Conv2d(width, goal_width, 3, 2, 1)
+        elif 2 * side == goal:
+            self.conv = nn.ConvTranspose2d(width, goal_width, 4, 2, 1)
+        elif side >= goal:
+            self.conv = nn.Conv2d(width, goal_width, 1 + side - goal)
+        else:
+            raise SystemExit(
+                f"--student: its feature map of {side} px is neither half of the teacher's {goal} px nor larger: choose another"
+            )
+        self.bn, self.relu = nn.BatchNorm2d(goal_width), relu
 
-    def forward(self, x: Tensor, t: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        s, logits = common.forward_stages(self.backbone, x, preact=self.method == "ab")
-        h, stages = self.helpers, list(zip(s[1:-1], t[1:-1], strict=False))
-        arguments = {
-            "fitnet": lambda: [(h["regress_s"](s[self.hint]), t[self.hint])],
-            "at": lambda: stages,
-            "sp": lambda: [(s[-2], t[-2])],
-            "vid": lambda: [
-                gaussian(*common.same_size(*pair)) for gaussian, pair in zip(h["vid"], stages, strict=True)
-            ],
-            "rkd": lambda: [(s[-1], t[-1])],
-            "pkt": lambda: [(s[-1], t[-1])],
-            "ft": lambda: [(h["translator"](s[-2]), t[-2])],
-            "crd": lambda: [(h["embed_s"](s[-1]), h["embed_t"](t[-1]))],
-        }
-        return logits, arguments.get(self.method, list)()
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.relu(x) if self.relu else x
 
 
-class FirstStage(nn.Module):
-    """What ab and ft train first: -> (student's connected maps, teacher's) or (reconstructed last map, teacher's)."""
+class GaussianRegressor(nn.Module):
+    """A Gaussian of another network's map, from (B, C, H, W) and that map: its mean, (C',) raw scales, and the map again."""
 
-    def __init__(self, backbone: nn.Module | None, modules: nn.ModuleList):
+    def __init__(self, width: int, goal: int):
         super().__init__()
-        self.backbone, self.own = backbone, modules
+        first, *others = (nn.Conv2d(w, goal, 1, bias=False) for w in (width, goal, goal))
+        self.regressor = nn.Sequential(first, nn.ReLU(), others[0], nn.ReLU(), others[1])
+        self.log_scale = nn.Parameter(torch.full((goal,), math.log(math.expm1(5.0 - 1e-5))))
 
-    def forward(self, x: Tensor, t: list[Tensor]) -> tuple:
-        if self.backbone is None:
-            encoder, decoder = self.own
-            return decoder(encoder(t[-2])), t[-2]
-        s, _ = common.forward_stages(self.backbone, x, preact=True)
-        return [connect(f) for connect, f in zip(self.own, s[1:-1], strict=True)], t[1:-1]
+    def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.regressor(x), self.log_scale, other
 
 
-def create_helpers(args: Args, s: list[common.Shape], t: list[common.Shape]) -> tuple[nn.ModuleDict, nn.Module | None]:
-    """What a method trains beside the student and before it, for features of these shapes, (C, H, W) and (D,) at last."""
-    if args.method in ("at", "vid", "ab") and len(s) != len(t):
+# What is compared. From all features of student and teacher, lists as `common.forward_stages` gives them, to one tuple of
+# arguments of the loss for each place that is compared.
+
+
+class Nothing(nn.Module):
+    def forward(self, s: list[Tensor], t: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        return []
+
+
+class Pooled(nn.Module):
+    def forward(self, s: list[Tensor], t: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [(s[-1], t[-1])]
+
+
+class LastMap(nn.Module):
+    def forward(self, s: list[Tensor], t: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [(s[-2], t[-2])]
+
+
+class Stages(nn.Module):
+    def forward(self, s: list[Tensor], t: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        return list(zip(s[1:-1], t[1:-1], strict=True))
+
+
+class RegressedMap(nn.Module):
+    """The map of --hint-layer, the student's brought to the teacher's shape."""
+
+    def __init__(self, layer: int, s: list[common.Shape], t: list[common.Shape]):
+        super().__init__()
+        if layer > min(len(s), len(t)) - 2:
+            raise SystemExit(f"--hint-layer {layer}: there are maps 0 to {min(len(s), len(t)) - 2}")
+        self.layer, self.regress_s = layer, MapRegressor(s[layer], t[layer], relu=True)
+
+    def forward(self, s: list[Tensor], t: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [(self.regress_s(s[self.layer]), t[self.layer])]
+
+
+class Gaussians(nn.Module):
+    """A Gaussian of the teacher's map from the student's, for every stage."""
+
+    def __init__(self, s: list[common.Shape], t: list[common.Shape]):
+        super().__init__()
+        pairs = zip(s[1:-1], t[1:-1], strict=True)
+        self.vid = nn.ModuleList([GaussianRegressor(ours[0], theirs[0]) for ours, theirs in pairs])
+
+    def forward(self, s: list[Tensor], t: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        pairs = zip(self.vid, s[1:-1], t[1:-1], strict=True)
+        return [gaussian(*same_size(ours, theirs)) for gaussian, ours, theirs in pairs]
+
+
+@dataclass(frozen=True)
+class Method:
+    weights: tuple[float, float, float]  # w_CE, w_KD, w of scripts/run_cifar_distill.sh
+    compared: Callable[[Args, list[common.Shape], list[common.Shape]], nn.Module]
+    loss: Callable[..., Tensor] | None = None
+    by_stages: bool = False  # student and teacher need equally many
+    relational: bool = False  # between the images of the global batch
+
+
+METHODS = {
+    "kd": Method((0.1, 0.9, 0), lambda *_: Nothing()),
+    "fitnet": Method((1, 0, 100), lambda args, s, t: RegressedMap(args.hint_layer, s, t), fitnet),
+    "at": Method((1, 0, 1000), lambda *_: Stages(), at, by_stages=True),
+    "sp": Method((1, 0, 3000), lambda *_: LastMap(), sp, relational=True),
+    "vid": Method((1, 0, 1), lambda _, s, t: Gaussians(s, t), vid, by_stages=True),
+    "rkd": Method((1, 0, 1), lambda *_: Pooled(), rkd, relational=True),
+    "pkt": Method((1, 0, 30000), lambda *_: Pooled(), pkt, relational=True),
+}
+
+
+def create_helper(args: Args, s: list[common.Shape], t: list[common.Shape]) -> nn.Module:
+    """What --method compares, and trains beside the student, for features of these shapes, (C, H, W) and (D,) at last."""
+    method = METHODS[args.method]
+    if method.by_stages and len(s) != len(t):
         raise SystemExit(
             f"--method {args.method}: goes by stages; the student has {len(s) - 2}, the teacher {len(t) - 2}"
         )
-    beside, before, stages = {}, None, list(zip(s[1:-1], t[1:-1], strict=False))
-    c_s, c_t, half = s[-2][0], t[-2][0], t[-2][0] // 2
-    if args.method == "fitnet":
-        beside["regress_s"] = common.MapRegressor(s[args.hint_layer], t[args.hint_layer], relu=True)
-    if args.method == "vid":
-        beside["vid"] = nn.ModuleList([common.GaussianRegressor(a[0], b[0]) for a, b in stages])
-    if args.method == "crd":
-        beside = {f"embed_{n}": common.UnitEmbedding(x[-1][0], args.crd_dim) for n, x in (("s", s), ("t", t))}
-    if args.method == "ab":
-        before = [nn.Identity() if a == b else common.MapRegressor(a, b, relu=False) for a, b in stages]
-    if args.method == "ft":
-        beside["translator"] = common.conv_stack((c_s, c_s, half, half), nn.Conv2d, nn.BatchNorm2d)
-        before = [common.conv_stack((c_t, c_t, half, half), nn.Conv2d)]
-        before += [common.conv_stack((half, half, c_t, c_t), nn.ConvTranspose2d)]
-    return nn.ModuleDict(beside), before and nn.ModuleList(before)
+    return method.compared(args, s, t)
 
 
-def initial_memory(count: int, dim: int) -> Tensor:
-    """Uniform around zero, (N, D)."""
-    return (2 * torch.rand(count, dim) - 1) * (3 / dim) ** 0.5
+class Student(nn.Module):
+    """Backbone and helper: images and the teacher's features -> logits, and the arguments of the method's losses."""
 
-
-class Memory(nn.Module):
-    """crd's embeddings of all N images by both networks, and the constants that make scores probabilities."""
-
-    def __init__(self, count: int, dim: int):
+    def __init__(self, backbone: nn.Module, helper: nn.Module):
         super().__init__()
-        self.register_buffer("student", initial_memory(count, dim))
-        self.register_buffer("teacher", initial_memory(count, dim))
-        self.register_buffer("constants", torch.zeros(2))
+        self.backbone, self.helper = backbone, helper
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, candidates: Tensor, temperature: float, first: bool
-    ) -> list[Tensor]:
-        """exp(<v, memory> / temperature) / constant for the other network's memory of (B, 1 + K) candidates, both sides."""
-        sides = ((self.teacher, student), (self.student, teacher))
-        scores = [(torch.einsum("bkd,bd->bk", m[candidates], v) / temperature).exp() for m, v in sides]
-        if first:  # the constants are set once: the first batch's mean score times N
-            means = torch.stack([s.detach().mean() for s in scores]).view(1, 2)
-            self.constants.copy_(common.gather(means).mean(0) * len(self.student))
-        return [s / constant for s, constant in zip(scores, self.constants, strict=True)]
-
-    @torch.no_grad()
-    def update(self, indices: Tensor, student: Tensor, teacher: Tensor, momentum: float) -> None:
-        """Move the global batch's rows towards its embeddings."""
-        rows = common.gather(indices)
-        for memory, v in ((self.student, student), (self.teacher, teacher)):
-            memory[rows] = F.normalize(memory[rows].lerp(common.gather(v.detach()), 1 - momentum), dim=1)
+    def forward(self, x: Tensor, t: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        s, logits = common.forward_stages(self.backbone, x)
+        return logits, self.helper(s, t)
 
 
 def main(args: Args) -> dict[str, float]:
@@ -366,9 +353,9 @@ def main(args: Args) -> dict[str, float]:
     source = common.open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **columns)
     queries = common.open_source(args.data, "eval", **columns)
     # --- end shared block ---
-    common.check_above_zero(args, "kd_temperature", "crd_temperature", "base_lr", "init_lr")
-    common.check_positive(args, "eval_every", "crd_dim", "crd_negatives")
-    common.check_positive(args, "hint_layer", "init_epochs", least=0)
+    common.check_above_zero(args, "kd_temperature", "base_lr")
+    common.check_positive(args, "eval_every")
+    common.check_positive(args, "hint_layer", least=0)
     num_classes = common.count_classes(args.data, source)
     queries = common.labelled_queries(args.data, source, queries)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
@@ -383,15 +370,8 @@ def main(args: Args) -> dict[str, float]:
     backbone = common.create_backbone(args.student, small_images=args.small_images, num_classes=num_classes)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    if args.method == "ab" and not all(isinstance(n, common.CifarNetwork) for n in (backbone, teacher.backbone)):
-        raise SystemExit(
-            f"--method ab: needs maps before the activation; these networks have them: {', '.join(common.ZOO)}"
-        )
     shape_s, shape_t = (common.stage_shapes(n, args.image_size) for n in (backbone.to(device), teacher.backbone))
-    if args.hint_layer > min(len(shape_s), len(shape_t)) - 2:
-        raise SystemExit(f"--hint-layer {args.hint_layer}: there are maps 0 to {min(len(shape_s), len(shape_t)) - 2}")
-    helpers, before = create_helpers(args, shape_s, shape_t)
-    student = Student(args, backbone, helpers)
+    student = Student(backbone, create_helper(args, shape_s, shape_t))
     student = common.set_batch_norm_groups(student, args.bn_group_size, args.batch_size)
     stages = common.forward_stages
     if args.compile:
@@ -400,8 +380,6 @@ def main(args: Args) -> dict[str, float]:
 
     light = backbone.pretrained_cfg["architecture"].startswith(("mobilenetv2_cifar", "shufflenet_v"))
     peak_lr = (args.base_lr or (0.04 if light else 0.2)) * args.batch_size / 256
-    slow = args.method == "ft" and isinstance(backbone, common.CifarResNet | common.WideResNet)
-    init_lr = (args.init_lr or (0.04 if slow else 0)) * args.batch_size / 256 or peak_lr
     hyper = {"momentum": args.momentum, "weight_decay": args.weight_decay, "device": device}
     optimizer = common.create_optimizer(args.optimizer, student.parameters(), peak_lr, **hyper)
     student, optimizer = accelerator.prepare(common.to_device(student, device), optimizer)
@@ -409,76 +387,40 @@ def main(args: Args) -> dict[str, float]:
     accuracy = common.EpochAccuracy(queries, args.image_size, accelerator, every, **options)
 
     state = {"student": student, "optimizer": optimizer, "accuracy": accuracy}
-    if before is not None:
-        trained = nn.ModuleList([before, *(backbone.feature_modules() if args.method == "ab" else ())])
-        init_optimizer = common.create_optimizer(args.optimizer, trained.parameters(), init_lr, **hyper)
-        first = FirstStage(backbone if args.method == "ab" else None, before)
-        first = common.set_batch_norm_groups(first.to(device), args.bn_group_size, args.batch_size)
-        first.requires_grad_(False)  # several processes wait for a gradient of all that needs one when it is prepared
-        trained.requires_grad_(True)
-        first, init_optimizer = accelerator.prepare(first, init_optimizer)
-        backbone.requires_grad_(True)
-        state |= {"first": first, "init_optimizer": init_optimizer}
-    if args.method == "crd":
-        others = common.OtherClasses(args.data, source.labels, device)
-        memory = state["memory"] = Memory(len(source), args.crd_dim).to(device)
     # --- shared block: resume ---
     total_steps = args.total_steps or round(args.epochs * data.steps_per_epoch)
     epochs = total_steps / data.steps_per_epoch  # the length of every schedule, in passes over the data
     first_step = run.resume(state) if args.resume else 0
     # --- end shared block ---
-    init_epochs = args.init_epochs if before is not None else 0
-    init_steps, total_steps = common.two_stages(args, init_epochs, total_steps, data.steps_per_epoch)
-    epochs = (total_steps - init_steps) / data.steps_per_epoch
-    given = args.ce_weight, args.kd_weight, args.method_weight
-    weights = [usual if own is None else own for own, usual in zip(given, WEIGHTS[args.method], strict=True)]
+    method, given = METHODS[args.method], (args.ce_weight, args.kd_weight, args.method_weight)
+    w_ce, w_kd, w = (usual if own is None else own for own, usual in zip(given, method.weights, strict=True))
     moves = data.epoch if args.lr_per_epoch else data.progress
-    if first_step < init_steps and args.method == "ab":
-        backbone.eval()
-        trained.train()
 
     for step in run.start(first_step, total_steps, data):
         batch = data.batch(step)
         (x,) = batch.views
         with torch.no_grad(), accelerator.autocast():
-            t, t_logits = stages(teacher.backbone, x, preact=args.method == "ab")
-            if args.method == "ft" and step >= init_steps:
-                t[-2] = before[0](t[-2])
+            t, t_logits = stages(teacher.backbone, x)
 
-        if step < init_steps:
-            trains, lr, terms = init_optimizer, init_lr, {}
-            loss = (ab if args.method == "ab" else F.mse_loss)(*first(x, t))
-        else:
-            trains, passed = optimizer, moves(step - init_steps)
-            lr = common.scheduled_lr(args.schedule, passed, epochs, peak_lr, args.milestones, args.lr_decay)
-            if step == init_steps:
-                student.train()
-            logits, pairs = student(x, t)
-            if args.method in ("sp", "rkd", "pkt"):  # relations between the images of the global batch
-                pairs = [[common.gather(f) for f in pair] for pair in pairs]
-            if args.method == "crd":
-                (pair,), indices = pairs, batch.indices.to(device, non_blocking=True)
-                g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-                negatives = others.draw(common.gather(batch.labels), args.crd_negatives, g)
-                candidates = torch.cat([indices[:, None], negatives.chunk(world)[rank]], 1)
-                probabilities = memory(*pair, candidates, args.crd_temperature, first=step == 0)
-                pairs = [(*probabilities, len(source))]
-            terms = {"ce": F.cross_entropy(logits, batch.labels), "kd": kd(logits, t_logits, args.kd_temperature)}
-            terms["distill"] = sum(LOSSES[args.method](*arguments) for arguments in pairs)
-            loss = sum(weight * term for weight, term in zip(weights, terms.values(), strict=True))
+        lr = common.scheduled_lr(args.schedule, moves(step), epochs, peak_lr, args.milestones, args.lr_decay)
+        common.set_lr(optimizer, lr)
 
-        common.set_lr(trains, lr)
-        trains.zero_grad()
+        logits, pairs = student(x, t)
+        if method.relational:
+            pairs = [[common.gather(f) for f in pair] for pair in pairs]
+        ce, soft = F.cross_entropy(logits, batch.labels), kd(logits, t_logits, args.kd_temperature)
+        distilled = sum(method.loss(*pair) for pair in pairs)
+        loss = w_ce * ce + w_kd * soft + w * distilled
+
+        optimizer.zero_grad()
         accelerator.backward(loss)
-        trains.step()
-        if args.method == "crd":
-            memory.update(indices, *pair, args.crd_momentum)
+        optimizer.step()
         run.watch(step, loss)
 
-        seen = accuracy.after(step + 1 - init_steps, backbone, final=step + 1 == total_steps)
+        seen = accuracy.after(step + 1, backbone, final=step + 1 == total_steps)
         if run.log_due(step) or seen:
-            right = {"train_top1": 100 * (logits.argmax(1) == batch.labels).float().mean()} if terms else {}
-            run.log(step, loss=loss, **terms, **right, **seen, lr=lr)
+            right = 100 * (logits.argmax(1) == batch.labels).float().mean()
+            run.log(step, loss=loss, ce=ce, kd=soft, distill=distilled, train_top1=right, **seen, lr=lr)
 
         # --- shared block: checkpoint ---
         stopping = run.stop_requested()
