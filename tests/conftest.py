@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -45,7 +46,9 @@ def tiny_teacher(tmp_path_factory) -> Path:
     """A run folder of the supervised trainer, a few steps old."""
     from runs import made_once, tiny_run
 
-    return made_once(tmp_path_factory, "teacher", lambda folder: tiny_run("supervised", folder / "run", folder)) / "run"
+    return (
+        made_once(tmp_path_factory, "teacher", lambda folder: tiny_run("supervised", folder / "run", folder)) / "run"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +56,18 @@ def photo_folder(tmp_path_factory) -> Path:
     from runs import made_once, photographs
 
     return made_once(tmp_path_factory, "photographs", photographs)
+
+
+@pytest.fixture
+def precision(monkeypatch):
+    """Sets what the launcher's --mixed_precision sets, for the runs of one test."""
+
+    def choose(name: str) -> None:
+        AcceleratorState._reset_state(True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
+
+    yield choose
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)

@@ -203,18 +203,6 @@ BF16 = {"image-size": 32, "total-steps": 6}
 BF16_VIEWS = {"seed": "small-patch-size", "swav": "small-crop-size", "swav_disco": "small-crop-size"}
 
 
-@pytest.fixture
-def precision(monkeypatch):
-    """Sets what the launcher's --mixed_precision sets, for the runs of one test."""
-
-    def choose(name: str) -> None:
-        AcceleratorState._reset_state(True)
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
-
-    yield choose
-    AcceleratorState._reset_state(True)
-
-
 def check_bf16(run_dir) -> None:
     assert json.loads((run_dir / "environment.json").read_text())["mixed_precision"] == "bf16"
     losses = [line["loss"] for line in metrics(run_dir)]

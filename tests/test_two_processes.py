@@ -20,7 +20,9 @@ CASES["smd in single precision"] = ("smd", {"total-steps": 5}, False)
 CASES["smd in one group"] = ("smd", {"total-steps": 4, "group-size": 0}, True)
 RELATIONS = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64, "subset": 96}
 CASES["rkd in one group"] = ("rkd", {"total-steps": 4, "group-size": 0, **RELATIONS}, True)
-CASES |= {f"disco in groups of {n}": ("disco", {"total-steps": 4, "save-every": 4, "bn-group-size": n}, True) for n in (0, 8)}
+CASES |= {
+    f"disco in groups of {n}": ("disco", {"total-steps": 4, "save-every": 4, "bn-group-size": n}, True) for n in (0, 8)
+}
 CASES |= {f"swav in groups of {n}": ("swav", {"bn-group-size": n}, True) for n in (0, 2)}
 
 
