@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -43,18 +44,30 @@ def digits_once():
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
     """A run folder of the supervised trainer, a few steps old."""
-    from runs import tiny_run
+    from runs import made_once, tiny_run
 
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    tiny_run("supervised", folder, folder)
-    return folder
+    return (
+        made_once(tmp_path_factory, "teacher", lambda folder: tiny_run("supervised", folder / "run", folder)) / "run"
+    )
 
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory) -> Path:
-    from runs import photographs
+    from runs import made_once, photographs
 
-    return photographs(tmp_path_factory.mktemp("photographs"))
+    return made_once(tmp_path_factory, "photographs", photographs)
+
+
+@pytest.fixture
+def precision(monkeypatch):
+    """Sets what the launcher's --mixed_precision sets, for the runs of one test."""
+
+    def choose(name: str) -> None:
+        AcceleratorState._reset_state(True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
+
+    yield choose
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,14 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from torchvision.io import write_jpeg
 
 import common
@@ -72,6 +74,32 @@ def launch(words: list[str], **env) -> subprocess.CompletedProcess:
     done = subprocess.run(words, env={**ENV, **env}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def run_pair(folder: Path, cases: list[tuple[str, list[str], bool]]) -> None:
+    """Each of these (trainer, its command line, float64 or not) in one and the same pair of processes, in order."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests" / "together.py"), str(file)],
+        env=ENV, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that `make(folder)` fills once for all workers of a test run; who comes second waits for it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / f"once_{name}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / ".made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / ".made").touch()
+    return folder
 
 
 def photographs(folder: Path, count: int = 64, sides: tuple[int, int] = (100, 140)) -> Path:

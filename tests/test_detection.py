@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,8 +13,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
-from runs import launch
+from runs import run_pair
 from scenes import SIDE, coloured_digits, tiny_imagenet, write_scenes
+from together import run_here
 from tools import make_backbone, make_run, stop_message
 from torch import nn
 from torchvision.io import decode_image, read_file, write_png
@@ -467,20 +467,26 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole, sets, tiny, tmp_path
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("flags", [{"masks": True}, {"detector": "fpn", "min_sizes": (64, 96), "total_steps": 3}])
-def test_two_processes_train_and_find_as_one(flags, sets, tiny, tmp_path):
+ON_TWO = {"masks": {"masks": True}, "fpn": {"detector": "fpn", "min_sizes": (64, 96), "total_steps": 3}}
+
+
+@pytest.fixture(scope="module")
+def on_two(sets, tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("on_two")
+    cases = [words(arguments(tiny, sets[1], folder / name, post_nms=(6, 20), **ON_TWO[name])) for name in ON_TWO]
+    run_pair(folder, [("eval_detection", case, True) for case in cases])
+    return folder
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_processes_train_and_find_as_one(name, on_two, sets, tiny, tmp_path):
     """Images of two sizes, so that padding differs; fewer regions on some than on others; masks on some only."""
-    script, runs = str(ROOT / "tests" / "double.py"), [tmp_path / "1", tmp_path / "2"]
-    for run_dir in runs:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if run_dir == runs[1] else []
-        )
-        args = arguments(tiny, sets[1], run_dir, post_nms=(6, 20), **flags)
-        launch([sys.executable, *launcher, script, str(ROOT / "trainers" / "eval_detection.py"), *words(args)])
+    runs = tmp_path, on_two / name
+    run_here("eval_detection", words(arguments(tiny, sets[1], tmp_path, post_nms=(6, 20), **ON_TWO[name])))
     facts = [json.loads((run / "environment.json").read_text())["num_processes"] for run in runs]
     assert facts == [1, 2]
     one, two = map(logged, runs)
-    assert len(one) == len(two) == flags.get("total_steps", 4)
+    assert len(one) == len(two) == ON_TWO[name].get("total_steps", 4)
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys() >= {"loss", "loss_classifier", "lr"}
         # float64 all through but for torchvision's objectness, whose labels are float32
@@ -509,10 +515,10 @@ def test_a_mean_over_the_global_batch_is_not_the_mean_of_the_processes(monkeypat
     )
 
 
-def test_bf16_trains(sets, tiny, tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", "bf16"]
-    args = arguments(tiny, sets[1], tmp_path / "run", masks=True, total_steps=2)
-    launch([*launcher, str(ROOT / "trainers" / "eval_detection.py"), *words(args)])
+def test_bf16_trains(sets, tiny, tmp_path, precision):
+    precision("bf16")
+    eval_detection.main(arguments(tiny, sets[1], tmp_path / "run", masks=True, total_steps=2))
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["mixed_precision"] == "bf16"
     losses = [line["loss"] for line in logged(tmp_path / "run")]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 

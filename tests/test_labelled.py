@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
-from runs import LABELLED, command, launch, metrics, tiny_flags, tiny_run
-from test_two_processes import compare, in_double
+from runs import LABELLED, command, launch, made_once, metrics, run_pair, tiny_flags, tiny_run
+from test_two_processes import compare
+from together import run_here
 from tools import make_backbone, make_run, stop_message
 
 import common
@@ -22,9 +24,8 @@ FROM_LABELS = [name for name in LABELLED if name != "eval_finetune"]  # its own 
 @pytest.fixture(scope="session")
 def zoo_teacher(tmp_path_factory):
     """A run folder of a CIFAR network with the digits' classes: what ab needs."""
-    folder = tmp_path_factory.mktemp("zoo") / "run"
-    make_run(folder, make_backbone("resnet20", num_classes=10), supervised)
-    return folder
+    make = partial(make_run, backbone=make_backbone("resnet20", num_classes=10), trainer=supervised)
+    return made_once(tmp_path_factory, "zoo", lambda folder: make(folder / "run")) / "run"
 
 
 def states(run_dir, step: int) -> dict:
@@ -127,18 +128,29 @@ def test_ab_moves_only_what_makes_the_maps_and_then_everything(tmp_path, zoo_tea
     assert first["backbone.bn1.num_batches_tracked"] == 0 and last["backbone.bn1.num_batches_tracked"] == 10
 
 
+@pytest.fixture(scope="session")
+def kd_words(tiny_teacher, zoo_teacher):
+    def words(method: str, run_dir) -> tuple[str, list[str], bool]:
+        changes = {"method": method, "total-steps": 5} | ({"student": "resnet20"} if method == "ab" else {})
+        return "kd", tiny_flags("kd", run_dir, zoo_teacher if method == "ab" else tiny_teacher, **changes), True
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def kd_on_two(tmp_path_factory, kd_words):
+    cases = ("ab", "rkd", "crd")
+    return made_once(tmp_path_factory, "kd", lambda to: run_pair(to, [kd_words(each, to / each) for each in cases]))
+
+
 @pytest.mark.parametrize("method", ["ab", "rkd", "crd"])
-def test_methods_do_not_depend_on_the_processes(method, tmp_path, tiny_teacher, zoo_teacher):
+def test_methods_do_not_depend_on_the_processes(method, tmp_path, kd_words, kd_on_two):
     """Own networks in the first stage, relations of the global batch, memories: 1 and 2 processes alike."""
-    changes = {"method": method, "total-steps": 5} | ({"student": "resnet20"} if method == "ab" else {})
-    for processes in (1, 2):
-        run_dir = tmp_path / str(processes)
-        flags = tiny_flags("kd", run_dir, zoo_teacher if method == "ab" else tiny_teacher, **changes)
-        launch(in_double("kd", processes) + flags)
-        assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == processes
-    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-8)
+    run_here(*kd_words(method, tmp_path))
+    assert json.loads((kd_on_two / method / "environment.json").read_text())["num_processes"] == 2
+    compare(metrics(tmp_path), metrics(kd_on_two / method), 5, 1e-8)
     if method == "crd":
-        memories = [states(tmp_path / str(n), 5)["memory"] for n in (1, 2)]
+        memories = [states(folder, 5)["memory"] for folder in (tmp_path, kd_on_two / method)]
         torch.testing.assert_close(*memories, rtol=1e-8, atol=1e-10)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
-from runs import command, launch, photographs
+from runs import photographs, run_pair
 from test_training import sabotaged
+from together import run_here
 from tools import Largest, make_backbone, stop_message
 from torch import nn
 from torchvision.ops import box_iou
@@ -399,11 +400,12 @@ def test_a_plain_folder_without_labels_is_evaluated_whole(tiny, tmp_path):
 
 def test_two_processes_get_what_one_gets(tiny, tmp_path):
     config = ROOT / "configs" / "eval_metrics" / "tiny.toml"
+    words = ["--config", str(config), "--checkpoint", str(tiny), "--latency-runs", "0", "--run-dir"]
+    run_here("eval_metrics", [*words, str(tmp_path / "1")], double=False)
+    run_pair(tmp_path, [("eval_metrics", [*words, str(tmp_path / "2")], False)])
     results = []
     for processes in (1, 2):
         run_dir = tmp_path / str(processes)
-        flags = ["--config", str(config), "--checkpoint", str(tiny), "--run-dir", str(run_dir), "--latency-runs", "0"]
-        launch(command("eval_metrics", processes) + flags)
         assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == processes
         found = json.loads((run_dir / "results.json").read_text())
         results.append({k: v for k, v in found.items() if isinstance(v, int | float)})

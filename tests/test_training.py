@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from conftest import GOLDEN, ROOT
 from golden import replay
 from rederived import trajectories
 from runs import ENV, LABELLED, TRAINERS, command, launch, metrics, tiny_flags, tiny_run
+from together import run_here
 
 import common
 import hub
@@ -196,17 +198,29 @@ def test_health_figures_are_one_when_spread_and_zero_when_collapsed():
     assert common.effective_rank(z[:50]).item() == pytest.approx(math.exp(-(share * share.log())[:-1].sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", TRAINERS)
-def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", "bf16"]
-    # torch's bf16 convolutions (2.6 and 2.15) give a gradient that is not finite now and then on maps of 1x1: not below 32 px
-    small = {"seed": "small-patch-size", "swav": "small-crop-size", "swav_disco": "small-crop-size"}
-    sizes = {"image-size": 32} | ({small[method]: 32} if method in small else {})
-    flags = tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 6, **sizes})
-    launch([*launcher, *command(method)[1:], *flags])
-    assert json.loads((tmp_path / "environment.json").read_text())["mixed_precision"] == "bf16"
-    losses = [line["loss"] for line in metrics(tmp_path)]
+# torch's bf16 convolutions (2.6 and 2.15) give a gradient that is not finite now and then on maps of 1x1: not below 32 px
+BF16 = {"image-size": 32, "total-steps": 6}
+BF16_VIEWS = {"seed": "small-patch-size", "swav": "small-crop-size", "swav_disco": "small-crop-size"}
+
+
+def check_bf16(run_dir) -> None:
+    assert json.loads((run_dir / "environment.json").read_text())["mixed_precision"] == "bf16"
+    losses = [line["loss"] for line in metrics(run_dir)]
     assert len(losses) == 6 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_bf16_trains_without_nan(method, tmp_path, tiny_teacher, precision):
+    precision("bf16")
+    small = {BF16_VIEWS[method]: 32} if method in BF16_VIEWS else {}
+    run_here(method, tiny_flags(method, tmp_path, tiny_teacher, **BF16, **small), double=False)
+    check_bf16(tmp_path)
+
+
+def test_bf16_is_the_launchers_to_choose(tmp_path, tiny_teacher):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--mixed_precision", "bf16"]
+    launch([*launcher, *command("smd")[1:], *tiny_flags("smd", tmp_path, tiny_teacher, **BF16)])
+    check_bf16(tmp_path)
 
 
 # MoCo's loss first rises to ln(1 + K), while real keys replace the random ones of its queue.
@@ -240,11 +254,15 @@ def test_command_in_the_docstring_is_the_trainers(method):
 
 
 @pytest.mark.parametrize("method", TRAINERS)
-def test_a_short_run_from_the_command_line_ends_in_a_release(method, tmp_path, tiny_teacher):
-    done = launch(command(method) + tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 2}))
-    assert "timm.create_model" in done.stdout and (tmp_path / "release" / "model.safetensors").exists()
+def test_a_short_run_from_the_command_line_ends_in_a_release(method, tmp_path, tiny_teacher, monkeypatch, capsys):
+    """The file itself, as `python trainers/NAME.py` runs it."""
+    file = str(ROOT / "trainers" / f"{method}.py")
+    monkeypatch.setattr(sys, "argv", [file, *tiny_flags(method, tmp_path, tiny_teacher, **{"total-steps": 2})])
+    runpy.run_path(file, run_name="__main__")
+    said = capsys.readouterr().out
+    assert "timm.create_model" in said and (tmp_path / "release" / "model.safetensors").exists()
     if method not in LABELLED:
-        assert re.search(r"raw pixels +\d+\.\d\d %", done.stdout)
+        assert re.search(r"raw pixels +\d+\.\d\d %", said)
 
 
 @pytest.mark.gpu

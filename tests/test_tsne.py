@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from runs import command, launch, photographs
+from runs import photographs, run_pair
+from together import run_here
 from tools import stop_message
 
 import common
@@ -133,10 +134,11 @@ def test_chosen_classes_titles_and_unit_features(networks, tmp_path):
 
 def test_two_processes_draw_what_one_draws(networks, tmp_path):
     flags = ["--config", str(ROOT / "configs" / "eval_tsne" / "tiny.toml"), "--checkpoints", *networks]
+    run_here("eval_tsne", [*flags, "--run-dir", str(tmp_path / "1")], double=False)
+    run_pair(tmp_path, [("eval_tsne", [*flags, "--run-dir", str(tmp_path / "2")], False)])
     for processes in (1, 2):
-        run_dir = tmp_path / str(processes)
-        launch(command("eval_tsne", processes) + [*flags, "--run-dir", str(run_dir)])
-        assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == processes
+        facts = json.loads((tmp_path / str(processes) / "environment.json").read_text())
+        assert facts["num_processes"] == processes
     for name in ("tsne.png", "points.csv"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 

@@ -1,21 +1,29 @@
 """The same flags on one and on two processes give the same losses. Asserts that there were two."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import debug_launcher
-from conftest import ROOT
-from runs import TRAINERS, command, launch, metrics, tiny_flags, tiny_run
+from runs import TRAINERS, made_once, metrics, run_pair, tiny_flags, tiny_run
+from together import run_here
 
 import common
 from trainers.shared.networks import GroupedBatchNorm
 from trainers.swav import sinkhorn
 
-
-def in_double(method: str, processes: int) -> list[str]:
-    *words, trainer = command(method, processes)
-    return [*words, str(ROOT / "tests" / "double.py"), trainer]
+# name -> trainer, changes to its tiny config, float64 or not; one pair of processes runs all of them
+CASES = {f"{method} on {data}": (method, {"total-steps": 5, "data": data}, True)
+         for method in TRAINERS for data in ("digits", "photographs")}  # fmt: skip
+CASES["smd in single precision"] = ("smd", {"total-steps": 5}, False)
+CASES["smd in one group"] = ("smd", {"total-steps": 4, "group-size": 0}, True)
+RELATIONS = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64, "subset": 96}
+CASES["rkd in one group"] = ("rkd", {"total-steps": 4, "group-size": 0, **RELATIONS}, True)
+CASES |= {
+    f"disco in groups of {n}": ("disco", {"total-steps": 4, "save-every": 4, "bn-group-size": n}, True) for n in (0, 8)
+}
+CASES |= {f"swav in groups of {n}": ("swav", {"bn-group-size": n}, True) for n in (0, 2)}
 
 
 def compare(one: list[dict], two: list[dict], steps: int, tolerance: float) -> None:
@@ -27,60 +35,74 @@ def compare(one: list[dict], two: list[dict], steps: int, tolerance: float) -> N
             assert b[key] == pytest.approx(a[key], rel=loose * tolerance), f"{key} at step {a['step']}"
 
 
+@pytest.fixture(scope="session")
+def case(tmp_path_factory, tiny_teacher, photo_folder):
+    """The command line of a case with its run folder."""
+
+    def words(name: str, run_dir: Path) -> tuple[str, list[str], bool]:
+        method, changes, double = CASES[name]
+        changes = {**changes, **({"data": photo_folder} if changes.get("data") == "photographs" else {})}
+        return method, tiny_flags(method, run_dir, tiny_teacher, **changes), double
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def on_two(tmp_path_factory, case) -> Path:
+    """A folder of run folders by the cases' names, all from one pair of processes."""
+    return made_once(
+        tmp_path_factory, "on_two", lambda folder: run_pair(folder, [case(name, folder / name) for name in CASES])
+    )
+
+
+@pytest.fixture
+def both(case, on_two, tmp_path):
+    """The run folders of a case on one process, this one, and on two."""
+
+    def run(name: str) -> tuple[Path, Path]:
+        run_here(*case(name, tmp_path / "one"))
+        for number, run_dir in enumerate((tmp_path / "one", on_two / name), start=1):
+            assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == number
+        return tmp_path / "one", on_two / name
+
+    return run
+
+
 @pytest.mark.parametrize("method", TRAINERS)
 @pytest.mark.parametrize("data", ["digits", "photographs"])
-def test_two_processes_train_as_one(method, data, tmp_path, tiny_teacher, photo_folder):
-    changes = {"total-steps": 5, **({"data": photo_folder} if data == "photographs" else {})}
-    for processes in (1, 2):
-        flags = tiny_flags(method, tmp_path / str(processes), tiny_teacher, **changes)
-        launch(in_double(method, processes) + flags)
-        facts = json.loads((tmp_path / str(processes) / "environment.json").read_text())
-        assert facts["num_processes"] == processes
-    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-8)
+def test_two_processes_train_as_one(method, data, both):
+    one, two = both(f"{method} on {data}")
+    compare(metrics(one), metrics(two), 5, 1e-8)
 
 
-def test_two_processes_train_as_one_in_single_precision(tmp_path, tiny_teacher):
-    for processes in (1, 2):
-        run_dir = tmp_path / str(processes)
-        launch(command("smd", processes) + tiny_flags("smd", run_dir, tiny_teacher, **{"total-steps": 5}))
-        assert json.loads((run_dir / "environment.json").read_text())["num_processes"] == processes
-    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-5)
+def test_two_processes_train_as_one_in_single_precision(both):
+    one, two = both("smd in single precision")
+    compare(metrics(one), metrics(two), 5, 1e-5)
 
 
 @pytest.mark.parametrize("method", ["smd", "rkd"])
-def test_a_group_that_spans_both_processes_is_one_group(method, tmp_path, tiny_teacher):
+def test_a_group_that_spans_both_processes_is_one_group(method, both):
     """Pairs of images are gathered with their gradients: 16 images in one group on 2 x 8."""
-    terms = {"rank-weight": 1, "attention-weight": 1, "consistency": True, "image-size": 64, "subset": 96}
-    for processes in (1, 2):
-        changes = {"group-size": 0, "total-steps": 4, **(terms if method == "rkd" else {})}
-        flags = tiny_flags(method, tmp_path / str(processes), tiny_teacher, **changes)
-        launch(in_double(method, processes) + flags)
-    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 4, 1e-8)
+    one, two = both(f"{method} in one group")
+    compare(metrics(one), metrics(two), 4, 1e-8)
 
 
 @pytest.mark.parametrize("group_size", [0, 8])
-def test_a_teacher_in_batch_mode_has_the_same_groups_on_both_processes(group_size, tmp_path, tiny_teacher):
+def test_a_teacher_in_batch_mode_has_the_same_groups_on_both_processes(group_size, both):
     """DisCo's teacher and students: one group of all 16 images spans 2 x 8; with groups of 8 the keys are shuffled."""
-    for processes in (1, 2):
-        changes = {"bn-group-size": group_size, "total-steps": 4, "save-every": 4}
-        flags = tiny_flags("disco", tmp_path / str(processes), tiny_teacher, **changes)
-        launch(in_double("disco", processes) + flags)
-        facts = json.loads((tmp_path / str(processes) / "environment.json").read_text())
-        assert facts["num_processes"] == processes
-    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 4, 1e-8)
-    one, two = (torch.load(tmp_path / p / "step_00000004" / "state.pt")["state"] for p in "12")
+    folders = both(f"disco in groups of {group_size}")
+    compare(*map(metrics, folders), 4, 1e-8)
+    one, two = (torch.load(folder / "step_00000004" / "state.pt")["state"] for folder in folders)
     assert len(one["teacher_bn"]) > 5
     for part in ("teacher_bn", "encoder_k", "queue"):
         torch.testing.assert_close(two[part], one[part], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("group_size", [0, 2])
-def test_multi_crop_groups_do_not_depend_on_the_processes(group_size, tmp_path, tiny_teacher):
+def test_multi_crop_groups_do_not_depend_on_the_processes(group_size, both):
     """SwAV's crops of two sizes, its head's batch of all crops and its queue: whole-batch statistics and pairs of images."""
-    for processes in (1, 2):
-        flags = tiny_flags("swav", tmp_path / str(processes), tiny_teacher, **{"bn-group-size": group_size})
-        launch(in_double("swav", processes) + flags)
-    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 8, 1e-8)
+    one, two = both(f"swav in groups of {group_size}")
+    compare(metrics(one), metrics(two), 8, 1e-8)
 
 
 def _sinkhorn(folder: str) -> None:
