@@ -442,6 +442,9 @@ def forward_stages(model: nn.Module, x: Tensor, *, preact: bool = False) -> tupl
     return [*maps, pooled], model.get_classifier()(pooled)
 
 
+Shape = tuple[int, ...]  # of one image's features, without the batch
+
+
 @torch.no_grad()
 def stage_shapes(model: nn.Module, size: int) -> list[Shape]:
     """What shapes the features of `forward_stages` have for images of `size` px, without the batch."""

@@ -43,12 +43,14 @@ def digits_once():
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
-    """A run folder of the supervised trainer, a few steps old."""
+    """A run folder of the supervised trainer, a few steps old; beside it "zoo", a CIFAR network's, which ab.py needs."""
     from runs import made_once, tiny_run
 
-    return (
-        made_once(tmp_path_factory, "teacher", lambda folder: tiny_run("supervised", folder / "run", folder)) / "run"
-    )
+    def make(folder: Path) -> None:
+        tiny_run("supervised", folder / "run", folder)
+        tiny_run("supervised", folder / "zoo", folder, backbone="resnet20")
+
+    return made_once(tmp_path_factory, "teacher", make) / "run"
 
 
 @pytest.fixture(scope="session")

@@ -25,13 +25,24 @@ TRAINERS = [
     "swav_disco",
     "sskd",
     "kd",
+    "crd",
+    "ab",
+    "ft",
     "simsiam",
     "moco",
     "swav",
     "supervised",
     "eval_finetune",
 ]
-LABELLED = ["supervised", "sskd", "kd", "eval_finetune"]  # learn from labels: report accuracy and not kNN
+LABELLED = [
+    "supervised",
+    "sskd",
+    "kd",
+    "crd",
+    "ab",
+    "ft",
+    "eval_finetune",
+]  # learn from labels: report accuracy and not kNN
 ENV = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
@@ -41,7 +52,7 @@ def tiny_flags(method: str, run_dir: Path, teacher: Path, /, **changes) -> list[
     """The command line of configs/<method>/tiny.toml with a teacher where the method takes one."""
     flags = {"config": ROOT / "configs" / method / "tiny.toml", "run-dir": run_dir, **changes}
     if "teacher" in importlib.import_module(f"trainers.{method}").Args.__dataclass_fields__:
-        flags["teacher"] = teacher
+        flags["teacher"] = teacher.parent / "zoo" if method == "ab" else teacher
     if method == "eval_finetune":
         flags["checkpoint"] = teacher
     words = []

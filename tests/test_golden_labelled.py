@@ -9,7 +9,6 @@ from golden import replay
 from golden_labelled import REP_NAMES
 from torch import nn
 
-import common
 from trainers import ab, crd, ft, kd, sskd
 
 REP = "rep_resnet32x4_resnet8x4_f64"

@@ -1,14 +1,14 @@
 """Distillation with labels: two phases resumed anywhere, every method on one and two processes, and what users get wrong."""
 
+import importlib
 import json
 import shutil
-from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
-from runs import LABELLED, command, launch, made_once, metrics, run_pair, tiny_flags, tiny_run
+from runs import LABELLED, command, launch, metrics, run_pair, tiny_flags, tiny_run
 from test_two_processes import compare
 from together import run_here
 from tools import make_backbone, make_run, stop_message
@@ -22,10 +22,9 @@ FROM_LABELS = [name for name in LABELLED if name != "eval_finetune"]  # its own 
 
 
 @pytest.fixture(scope="session")
-def zoo_teacher(tmp_path_factory):
+def zoo_teacher(tiny_teacher):
     """A run folder of a CIFAR network with the digits' classes: what ab needs."""
-    make = partial(make_run, backbone=make_backbone("resnet20", num_classes=10), trainer=supervised)
-    return made_once(tmp_path_factory, "zoo", lambda folder: make(folder / "run")) / "run"
+    return tiny_teacher.parent / "zoo"
 
 
 def states(run_dir, step: int) -> dict:
@@ -93,32 +92,40 @@ def test_nothing_kept_gives_no_nan(tmp_path, tiny_teacher):
     assert losses[2] == 0 and torch.autograd.grad(losses[2], logits)[0].abs().sum() == 0
 
 
-METHODS = [m for m in kd.WEIGHTS if m != "ft"]  # ft is tiny.toml's: the other files' tests have it
+METHODS = [m for m in kd.METHODS if m != "vid"]  # vid is tiny.toml's: the other files' tests have it
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_exactly(method, tmp_path, tiny_teacher, zoo_teacher):
-    zoo = method == "ab"
-    changes = {"method": method, **({"student": "resnet20"} if zoo else {})}
-    teacher = zoo_teacher if zoo else tiny_teacher
-    whole = tiny_run("kd", tmp_path / "whole", teacher, **changes)
-    assert ["ce" in line for line in whole] == [False] * (3 if zoo else 0) + [True] * (5 if zoo else 8)
-    assert all(line["loss"] == line["loss"] for line in whole) and (method in ("kd", "ab")) == (
-        not whole[-1]["distill"]
-    )
+def test_every_method_resumes_exactly(method, tmp_path, tiny_teacher):
+    whole = tiny_run("kd", tmp_path / "whole", tiny_teacher, method=method)
+    assert len(whole) == 8 and all(line["loss"] == line["loss"] for line in whole)
+    assert (method == "kd") == (not whole[-1]["distill"])
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole", resumed)
     for folder in hub.checkpoints(resumed)[:1]:
         shutil.rmtree(folder)
-    assert tiny_run("kd", resumed, teacher, resume=True, **changes) == whole
+    assert tiny_run("kd", resumed, tiny_teacher, resume=True, method=method) == whole
+    torch.testing.assert_close(states(resumed, 8), states(tmp_path / "whole", 8), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trainer", ["ab", "ft"])
+@pytest.mark.parametrize("kept", [2, 3, 5])  # of 3 steps of the first stage and 5 of the second
+def test_two_stages_resume_exactly_in_either(trainer, kept, tmp_path, tiny_teacher):
+    changes = {"save_every": 1, "keep": 9}
+    whole = tiny_run(trainer, tmp_path / "whole", tiny_teacher, **changes)
+    assert ["ce" in line for line in whole] == [False] * 3 + [True] * 5
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole", resumed)
+    for folder in hub.checkpoints(resumed):
+        if int(folder.name[5:]) > kept:
+            shutil.rmtree(folder)
+    assert tiny_run(trainer, resumed, tiny_teacher, resume=True, **changes) == whole
     torch.testing.assert_close(states(resumed, 8), states(tmp_path / "whole", 8), rtol=0, atol=0)
 
 
 def test_ab_moves_only_what_makes_the_maps_and_then_everything(tmp_path, zoo_teacher):
-    changes = {"method": "ab", "student": "wrn_16_2", "save_every": 1, "keep": 9}
-    teacher = tmp_path / "teacher"
-    make_run(teacher, make_backbone("wrn_16_2", num_classes=10), supervised)
-    tiny_run("kd", tmp_path / "run", teacher, **changes)
+    make_run(tmp_path / "zoo", make_backbone("wrn_16_2", num_classes=10), supervised)
+    tiny_run("ab", tmp_path / "run", tmp_path / "teacher", student="wrn_16_2", save_every=1, keep=9)
     before, first, last = (states(tmp_path / "run", step)["student"] for step in (1, 3, 8))
     moved = {k for k in before if not torch.equal(before[k], first[k]) and "num_batches" not in k}
     assert moved and not {k for k in moved if k.startswith(("backbone.bn1", "backbone.fc"))}
@@ -128,30 +135,13 @@ def test_ab_moves_only_what_makes_the_maps_and_then_everything(tmp_path, zoo_tea
     assert first["backbone.bn1.num_batches_tracked"] == 0 and last["backbone.bn1.num_batches_tracked"] == 10
 
 
-@pytest.fixture(scope="session")
-def kd_words(tiny_teacher, zoo_teacher):
-    def words(method: str, run_dir) -> tuple[str, list[str], bool]:
-        changes = {"method": method, "total-steps": 5} | ({"student": "resnet20"} if method == "ab" else {})
-        return "kd", tiny_flags("kd", run_dir, zoo_teacher if method == "ab" else tiny_teacher, **changes), True
-
-    return words
-
-
-@pytest.fixture(scope="session")
-def kd_on_two(tmp_path_factory, kd_words):
-    cases = ("ab", "rkd", "crd")
-    return made_once(tmp_path_factory, "kd", lambda to: run_pair(to, [kd_words(each, to / each) for each in cases]))
-
-
-@pytest.mark.parametrize("method", ["ab", "rkd", "crd"])
-def test_methods_do_not_depend_on_the_processes(method, tmp_path, kd_words, kd_on_two):
-    """Own networks in the first stage, relations of the global batch, memories: 1 and 2 processes alike."""
-    run_here(*kd_words(method, tmp_path))
-    assert json.loads((kd_on_two / method / "environment.json").read_text())["num_processes"] == 2
-    compare(metrics(tmp_path), metrics(kd_on_two / method), 5, 1e-8)
-    if method == "crd":
-        memories = [states(folder, 5)["memory"] for folder in (tmp_path, kd_on_two / method)]
-        torch.testing.assert_close(*memories, rtol=1e-8, atol=1e-10)
+def test_relations_do_not_depend_on_the_processes(tmp_path, tiny_teacher):
+    """Relations between the images of the global batch; the other methods are in test_two_processes.py."""
+    words = [tiny_flags("kd", tmp_path / n, tiny_teacher, method="rkd", **{"total-steps": 5}) for n in "12"]
+    run_here("kd", words[0])
+    run_pair(tmp_path, [("kd", words[1], True)])
+    assert json.loads((tmp_path / "2" / "environment.json").read_text())["num_processes"] == 2
+    compare(metrics(tmp_path / "1"), metrics(tmp_path / "2"), 5, 1e-8)
 
 
 @pytest.mark.parametrize("k", [7, 60, 200])
@@ -175,7 +165,7 @@ def test_negatives_are_of_other_classes_each_as_likely_and_none_twice(k):
         sources.OtherClasses("data", torch.zeros(5, dtype=torch.long), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("trainer", ["sskd", "kd"])
+@pytest.mark.parametrize("trainer", ["sskd", "kd", "crd"])
 @pytest.mark.parametrize(
     "student, lr", [("shufflenet_v1_cifar", 0.01), ("mobilenetv2_cifar", 0.01), ("resnet20", 0.05)]
 )
@@ -188,7 +178,7 @@ def test_light_networks_learn_at_their_own_rate(trainer, student, lr, tmp_path, 
 
 @pytest.mark.parametrize("student, lr", [("resnet20", 0.01), ("test_resnet", 0.05)])
 def test_the_paraphraser_learns_at_the_authors_rate(student, lr, tmp_path, tiny_teacher):
-    lines = tiny_run("kd", tmp_path / "run", tiny_teacher, student=student, batch_size=64)
+    lines = tiny_run("ft", tmp_path / "run", tiny_teacher, student=student, batch_size=64)
     assert [line["lr"] for line in lines] == pytest.approx([lr] * 3 + [0.05] * 5)
 
 
@@ -203,7 +193,7 @@ def test_results_are_the_last_and_the_best_epoch(tmp_path, tiny_teacher, monkeyp
     assert figures == {"top1 teacher": 77.0, "top1 last epoch": 40.0, "top1 best epoch": 50.0}
 
 
-@pytest.mark.parametrize("trainer", ["sskd", "kd"])
+@pytest.mark.parametrize("trainer", ["sskd", "kd", "crd", "ft"])
 def test_a_teacher_of_other_classes_is_named(trainer, tmp_path):
     folder = tmp_path / "teacher"
     make_run(folder, make_backbone("test_resnet", num_classes=7), supervised)
@@ -259,12 +249,13 @@ MISTAKES = [
     ("sskd", {"base_lr": 0.0}, "--base-lr 0.0: must be above 0"),
     ("sskd", {"eval_every": 0}, "--eval-every 0: must be at least 1"),
     ("kd", {"kd_temperature": -1.0}, "--kd-temperature -1.0: must be above 0"),
-    ("kd", {"method": "crd", "crd_temperature": 0.0}, "--crd-temperature 0.0: must be above 0"),
-    ("kd", {"method": "crd", "crd_negatives": 0}, "--crd-negatives 0: must be at least 1"),
+    ("crd", {"crd_temperature": 0.0}, "--crd-temperature 0.0: must be above 0"),
+    ("crd", {"crd_negatives": 0}, "--crd-negatives 0: must be at least 1"),
     ("kd", {"method": "fitnet", "hint_layer": 9}, "--hint-layer 9: there are maps 0 to 4"),
-    ("kd", {"method": "ab"}, "--method ab: needs maps before the activation"),
+    ("ab", {"student": "test_resnet"}, "need maps before the activation, as wrn_40_2"),
+    ("ab", {"teacher": None}, "--teacher is missing: a labelled network with maps before the activation; train one"),
     ("kd", {"method": "at", "student": "resnet20"}, "--method at: goes by stages; the student has 3, the teacher 4"),
-    ("kd", {"init_epochs": -1.0}, "--init-epochs -1.0: must be at least 0"),
+    ("ft", {"init_epochs": -1.0}, "--init-epochs -1.0: must be at least 0"),
 ]
 
 
@@ -275,26 +266,28 @@ def test_a_setting_that_makes_no_sense_is_named(trainer, changes, message, tmp_p
 
 def test_maps_that_one_convolution_cannot_match_are_named():
     with pytest.raises(SystemExit, match="4 px is neither half of the teacher's 16 px nor larger"):
-        common.MapRegressor((8, 4, 4), (8, 16, 16), relu=True)
+        kd.MapRegressor((8, 4, 4), (8, 16, 16), relu=True)
 
 
 @pytest.mark.parametrize("trainer", FROM_LABELS)
 def test_init_from_leaves_the_classifier_to_the_new_classes(trainer, tmp_path, tiny_teacher):
-    folder = tmp_path / "other"
-    make_run(folder, backbone := make_backbone("test_resnet", num_classes=3), supervised)
-    network = {"backbone" if trainer == "supervised" else "student": "test_resnet"}
+    folder, name = tmp_path / "other", "resnet20" if trainer == "ab" else "test_resnet"
+    make_run(folder, backbone := make_backbone(name, num_classes=3), supervised)
     changes = {
         "init_from": str(folder),
         "total_steps": 1,
         "base_lr": 1e-12,
         "head_epochs": 0.0,
+        "init_epochs": 0.0,
         "method": "kd",
-        **network,
+        "backbone": name,
+        "student": name,
     }
-    fields = {"supervised": supervised, "sskd": sskd, "kd": kd}[trainer].Args.__dataclass_fields__
+    fields = importlib.import_module(f"trainers.{trainer}").Args.__dataclass_fields__
     tiny_run(trainer, tmp_path / "run", tiny_teacher, **{k: v for k, v in changes.items() if k in fields})
     weights = safetensors.torch.load_file(tmp_path / "run" / "release" / "model.safetensors")
-    torch.testing.assert_close(weights["conv1.0.weight"], backbone.conv1[0].weight.detach(), rtol=1e-4, atol=1e-6)
+    stem = next(key for key in weights if key.startswith("conv1."))
+    torch.testing.assert_close(weights[stem], backbone.state_dict()[stem], rtol=1e-4, atol=1e-6)
     assert len(weights["fc.weight"]) == 10
 
 

@@ -157,9 +157,10 @@ def test_functions_that_trainers_repeat_are_identical():
     found = defaultdict(dict)
     for method in METHODS:
         for node in ast.parse(source(method)).body:
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found[node.name][method] = ast.get_source_segment(source(method), node)
     repeated = ("info_nce", "consistency_loss", "momentum_update", "initial_queue", "recipes", "choose_images")
+    repeated += ("kd", "attention", "same_size", "MapRegressor")
     for name in repeated:
         assert len(found[name]) > 1 and len(set(found[name].values())) == 1, f"{name}: {sorted(found[name])}"
 

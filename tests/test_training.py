@@ -56,8 +56,13 @@ SABOTAGE = [
     ("sskd", "(turned, t_turned, lt_temperature) * lt_kept", "(turned, t_turned, lt_temperature) * ~lt_kept"),
     ("sskd", "x[:, 0], x[:, 1:]", "x[:, 1], x[:, 1:]"),  # turned images for upright ones
     ("sskd", "t_rep = (common.gather(y) for y in (t_logits, ssp_head(t_features)))", "t_rep = t_logits, t_features"),
-    ("kd", "t[-2] = before[0](t[-2])", "t[-2] = before[0][:-1](t[-2])"),
-    ("kd", "init_lr = (args.init_lr or", "init_lr = (2 * args.init_lr or"),
+    ("ft", "factors = encoder(t[-2])", "factors = encoder[:-1](t[-2])"),
+    ("ft", "init_lr = (args.init_lr or", "init_lr = (2 * args.init_lr or"),
+    ("ab", "(s > -1) & (t <= 0)", "(s > -1) & (t > 0)"),  # towards the wrong side of the boundary
+    ("ab", "            if step == init_steps:\n                student.train()\n", ""),  # statistics that stand still
+    ("crd", "(self.teacher, student), (self.student, teacher)", "(self.student, student), (self.teacher, teacher)"),
+    ("crd", "memory[rows].lerp(", "memory[rows].lerp(0 * "),  # embeddings that never enter the memory
+    ("kd", "z = z / (z.norm(dim=1, keepdim=True) + 1e-7)", "z = z / z.norm()"),
     ("smd", "< args.cosine_epochs else metric", "< 0 else metric"),  # no cosine phase
     ("smd", "smd_loss(s2, t2,", "smd_loss(s2, t1,"),  # views crossed
     ("smd", " / temperature).mean()", " / (2 * temperature)).mean()"),
@@ -91,11 +96,15 @@ def test_golden_trajectory_notices(method, old, new, tmp_path):
         "disco": ("disco", {"consistency_weight": 16}),
         "rkd": ("disco_rkd", {}),
         "sskd": ("sskd_calib_wrn402_wrn162_f64", {}),
-        "kd": ("rep_resnet32x4_resnet8x4_f64", {"method": "ft"}),
+        "ft": ("rep_resnet32x4_resnet8x4_f64", {}),
+        "ab": ("rep_resnet32x4_resnet8x4_f64", {}),
+        "crd": ("rep_resnet32x4_resnet8x4_f64", {}),
+        "kd": ("rep_resnet32x4_resnet8x4_f64", {"method": "pkt"}),
     }[method]
     path = GOLDEN / "steps" / f"{name}.npz"
     ours, record = replay(sabotaged(method, old, new, tmp_path), path, **flags)["loss"], np.load(path)
-    parts = {"sskd": ("ssp/loss", "student/loss"), "kd": ("factor/init_loss", "factor/loss")}
+    parts = {"sskd": ("ssp/loss", "student/loss"), "ft": ("factor/init_loss", "factor/loss"), "kd": ("pkt/loss",)}
+    parts |= {"ab": ("abound/init_loss", "abound/loss"), "crd": ("crd/loss",)}
     theirs = np.concatenate([record[key] for key in parts.get(method, ("f64/losses/loss",))])
     assert len(ours) == len(theirs) and not np.allclose(ours, theirs, rtol=1e-6)
 
@@ -229,6 +238,8 @@ TO_LEARN = {
     "rkd": {"distance_weight": 100.0, "angle_weight": 100.0},
     # one stage, one loss: the two stages' losses have nothing to do with each other
     "sskd": {"head_epochs": 0},
+    "ab": {"init_epochs": 0},
+    "ft": {"init_epochs": 0},
     "kd": {"method": "kd"},
 }
 

@@ -213,9 +213,12 @@ def main(args: Args) -> dict[str, float]:
     place = {"device": device, "rank": rank, "world": world}
     data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
-    if args.teacher is None and args.data != "digits":
-        raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/supervised.py")
-    teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run), num_classes=num_classes)
+    if args.teacher is None:
+        raise SystemExit(
+            "--teacher is missing: a labelled network with maps before the activation; train one: trainers/supervised.py "
+            f"--data {args.data} --image-size {args.image_size} --backbone resnet56 --run-dir runs/resnet56"
+        )
+    teacher = hub.load_teacher(args.teacher, num_classes=num_classes)
     run.record_teacher(teacher)
     common.to_device(teacher, device)
     backbone = common.create_backbone(args.student, small_images=args.small_images, num_classes=num_classes)
