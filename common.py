@@ -512,6 +512,16 @@ class LARS(torch.optim.SGD):
         super().__init__(params, lr, **sgd)
         self.trust_coefficient, self.clip, self.eps = trust_coefficient, clip, eps
 
+    def _init_group(self, group, params, grads, momentum_buffer_list):
+        """Momentum starts at zero: fused, torch's is undefined for a late first gradient or a skipped first step."""
+        sparse = super()._init_group(group, params, grads, momentum_buffer_list)
+        if group["fused"] and group["momentum"]:
+            momentum_buffer_list[:] = [
+                torch.zeros_like(w) if buffer is None else buffer
+                for w, buffer in zip(params, momentum_buffer_list, strict=True)
+            ]
+        return sparse
+
     @torch.no_grad()
     def step(self, closure=None):
         decays = [group["weight_decay"] for group in self.param_groups]
