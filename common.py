@@ -541,9 +541,8 @@ class LARS(torch.optim.SGD):
 
     def _scale_gradients(self, params: list[Tensor], lr: float, decay: float, scale: Tensor | None) -> None:
         """g <- a (g + weight_decay w) as one flat tensor, and no wait for the norms."""
-        orders = [
-            sorted(range(w.dim()), key=w.stride, reverse=True) for w in params
-        ]  # as in memory: flat without a copy
+        # as they lie in memory: flat without a copy
+        orders = [sorted(range(w.dim()), key=w.stride, reverse=True) for w in params]
         weights = [w.permute(order) for w, order in zip(params, orders, strict=True)]
         grads = [w.grad.permute(order) for w, order in zip(params, orders, strict=True)]
         w_norm, g_norm = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))
