@@ -514,25 +514,54 @@ class LARS(torch.optim.SGD):
         super().__init__(params, lr, **sgd)
         self.trust_coefficient, self.clip, self.eps = trust_coefficient, clip, eps
 
+    def _init_group(self, group, params, grads, momentum_buffer_list):
+        """Momentum starts at zero: fused, torch's is undefined for a late first gradient or a skipped first step."""
+        sparse = super()._init_group(group, params, grads, momentum_buffer_list)
+        if group["fused"] and group["momentum"]:
+            momentum_buffer_list[:] = [
+                torch.zeros_like(w) if buffer is None else buffer
+                for w, buffer in zip(params, momentum_buffer_list, strict=True)
+            ]
+        return sparse
+
     @torch.no_grad()
     def step(self, closure=None):
         decays = [group["weight_decay"] for group in self.param_groups]
+        scale = getattr(self, "grad_scale", None)  # a GradScaler's, which leaves dividing by it to fused optimizers
+        self.grad_scale = None
         for group, decay in zip(self.param_groups, decays, strict=True):
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                w_norm, g_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(w.grad)
-                a = self.trust_coefficient * w_norm / (g_norm + decay * w_norm + self.eps)
-                if self.clip:
-                    a = (a / group["lr"]).clamp(max=1)
-                scaled = (w_norm > 0) & (g_norm > 0)  # stays on the device: no wait for it in the step
-                w.grad.copy_(torch.where(scaled, (w.grad + decay * w) * a, w.grad))
+            params = [w for w in group["params"] if w.grad is not None]
+            # on a GPU all tensors in a few launches, on a CPU one by one as the cache holds them
+            for some in [params] if params and params[0].device.type != "cpu" else [[w] for w in params]:
+                self._scale_gradients(some, group["lr"], decay, scale)
             group["weight_decay"] = 0.0
         try:
             return super().step(closure)
         finally:
             for group, decay in zip(self.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
+
+    def _scale_gradients(self, params: list[Tensor], lr: float, decay: float, scale: Tensor | None) -> None:
+        """g <- a (g + weight_decay w) as one flat tensor, and no wait for the norms."""
+        # as they lie in memory: flat without a copy
+        orders = [sorted(range(w.dim()), key=w.stride, reverse=True) for w in params]
+        weights = [w.permute(order) for w, order in zip(params, orders, strict=True)]
+        grads = [w.grad.permute(order) for w, order in zip(params, orders, strict=True)]
+        w_norm, g_norm = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(grads))
+        w, g = _flat(weights), _flat(grads)
+        if scale is not None:
+            g, g_norm = g / scale, g_norm / scale
+        a = self.trust_coefficient * w_norm / (g_norm + decay * w_norm + self.eps)
+        if self.clip:
+            a = (a / lr).clamp(max=1)
+        scaled = (w_norm > 0) & (g_norm > 0)
+        a, scaled = (_flat([v.expand(w.numel()) for v, w in zip(x, weights, strict=True)]) for x in (a, scaled))
+        parts = torch.where(scaled, (decay * w).add_(g).mul_(a), g).split([w.numel() for w in weights])
+        torch._foreach_copy_(grads, [part.view_as(t) for part, t in zip(parts, grads, strict=True)])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors]) if len(tensors) > 1 else tensors[0].flatten()
 
 
 def create_optimizer(
@@ -543,7 +572,7 @@ def create_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(params, lr, betas=(momentum, 0.999), weight_decay=weight_decay, **fused)
     if name == "lars":
-        return LARS(params, lr, momentum=momentum, weight_decay=weight_decay)
+        return LARS(params, lr, momentum=momentum, weight_decay=weight_decay, **fused)
     return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, **fused)
 
 

@@ -178,8 +178,7 @@ def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
 @torch.no_grad()
 def momentum_update(encoder_k: nn.Module, encoder_q: nn.Module, m: float) -> None:
     """Eq. 2, for parameters; the key encoder's BatchNorm keeps statistics of its own."""
-    for k, q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
-        k.lerp_(q, 1 - m)
+    torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
 @torch.no_grad()

@@ -4,11 +4,12 @@ import timm  # noqa: F401  (registers the models that ours stand beside)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+SMALL_GROUP = 2**22  # values; a GPU normalises fewer sooner than a call is launched (estimated from its bandwidth)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -122,6 +123,44 @@ def gather(x: Tensor) -> Tensor:
     ).flatten(0, 1)
 
 
+class _SyncBatchNorm(torch.autograd.Function):
+    """BatchNorm over all images of a group of processes by CUDA's own kernels, statistics in float32 for any input.
+
+    As torch's, without its look at who has no images, for which the host waits: here every process has some.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight, bias, running_mean, running_var, momentum: float, eps: float, group) -> Tensor:
+        ctx.group, ctx.layout = group, torch.contiguous_format
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            ctx.layout = torch.channels_last
+        x = x.contiguous(memory_format=ctx.layout)
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        mine = torch.cat((mean, invstd, mean.new_full((1,), x.numel() // x.shape[1])))
+        everyone = mine.new_zeros(dist.get_world_size(group), len(mine))
+        everyone[dist.get_rank(group)] = mine
+        dist.all_reduce(everyone, group=group)
+        means, invstds, counts = everyone.split((len(mean), len(mean), 1), 1)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, means, invstds, running_mean, running_var, momentum, eps, counts.flatten()
+        )
+        ctx.save_for_backward(x, weight, mean, invstd, counts.flatten().int())
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=ctx.layout)
+        *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, invstd, weight, True, True, True
+        )
+        sums = torch.stack(sums)
+        dist.all_reduce(sums, group=ctx.group)
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, *sums, counts)
+        affine = (None, None) if weight is None else (grad_weight, grad_bias)
+        return grad_x, *affine, None, None, None, None, None
+
+
 class GroupedBatchNorm(nn.BatchNorm2d):
     """BatchNorm over groups of `group_size` consecutive images of the global batch; made by `set_batch_norm_groups`.
 
@@ -140,17 +179,37 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         elif self.group_size <= self.share:
             self.num_batches_tracked.add_(1)
-            parts = x.split(self.group_size * len(x) // self.share)
-            running = [(self.running_mean, self.running_var)] + [(None, None)] * (len(parts) - 1)
-            parts = [
-                F.batch_norm(p, *r, self.weight, self.bias, True, self.momentum, self.eps)
-                for p, r in zip(parts, running, strict=True)
-            ]
-            y = torch.cat(parts) if len(parts) > 1 else parts[0]
+            groups = self.share // self.group_size
+            small = groups > 2 and len(x) % groups == 0 and x.numel() < SMALL_GROUP * groups
+            y = self._at_once(x, groups) if small and x.device.type != "cpu" else self._one_by_one(x)
         else:
             self.num_batches_tracked.add_(1)
-            y = self._synchronised(x)
+            y = self._synchronised_on_cuda(x) if x.is_cuda else self._synchronised(x)
         return self.act(self.drop(y)) if isinstance(self, BatchNormAct2d) else y
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        parts = x.split(self.group_size * len(x) // self.share)
+        running = [(self.running_mean, self.running_var)] + [(None, None)] * (len(parts) - 1)
+        parts = [
+            F.batch_norm(p, *r, self.weight, self.bias, True, self.momentum, self.eps)
+            for p, r in zip(parts, running, strict=True)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _at_once(self, x: Tensor, groups: int) -> Tensor:
+        """Groups as channels of fewer images, (B, C, H, W) -> (B / groups, groups C, H, W): one call for all of them."""
+        x = x.movedim(1, -1).unflatten(0, (groups, -1)).movedim(0, -2)  # (B / groups, H, W, groups, C)
+        mean, var = self.running_mean.new_zeros(2, groups * self.num_features)
+        affine = (None, None) if self.weight is None else (self.weight.repeat(groups), self.bias.repeat(groups))
+        y = F.batch_norm(x.flatten(-2).movedim(-1, 1), mean, var, *affine, True, 1.0, self.eps)
+        first = [mean[: self.num_features], var[: self.num_features]]
+        torch._foreach_lerp_([self.running_mean, self.running_var], first, self.momentum)
+        y = y.movedim(1, -1).unflatten(-1, (groups, -1)).movedim(-2, 0)  # (groups, B / groups, H, W, C)
+        return y.flatten(0, 1).movedim(-1, 1)
+
+    def _synchronised_on_cuda(self, x: Tensor) -> Tensor:
+        running = self.running_mean, self.running_var
+        return _SyncBatchNorm.apply(x, self.weight, self.bias, *running, self.momentum, self.eps, self.process_group)
 
     def _synchronised(self, x: Tensor) -> Tensor:
         """Mean, then variance around it: two sums over the group's processes, whose shares may differ (regions)."""
@@ -168,7 +227,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         y = centred * (var + self.eps).rsqrt().view(shape)
-        return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+        y = y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
 
 
 class GroupedBatchNormAct(GroupedBatchNorm, BatchNormAct2d):
@@ -189,8 +249,6 @@ def set_batch_norm_groups(model: nn.Module, group_size: int, batch_size: int) ->
         )
     if group_size == batch_size and world == 1:
         return model
-    if group_size == batch_size and "nccl" in dist.get_backend():
-        return convert_sync_batchnorm(model)
     process_group = None
     if share < group_size < batch_size:  # every process takes part in making every group
         span = group_size // share

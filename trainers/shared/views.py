@@ -1,6 +1,7 @@
 """Random views: parameters from a counter-based hash, crops as matrix products, colour and blur batched."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, permutations
@@ -17,6 +18,7 @@ LEAST_PX = BLUR_RADIUS + 1  # side of a view: the blur reflects its borders
 CHUNK_PIXELS = 2**17  # pixels per channel of one piece of work on a CPU: a piece and its temporaries stay in L2
 ORDERS = np.array(list(permutations(range(4))))  # of brightness, contrast, saturation, hue
 CHANNELS = np.array(list(permutations(range(3))))
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601 with torchvision's digits
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,17 @@ def sample_params(
     return Params(*map(torch.from_numpy, columns))
 
 
-def _resampling(start: Tensor, length: Tensor, size: int, source: int, recipe: Recipe, like: Tensor) -> Tensor:
-    """Antialiased resampling of [start, start + length) as matrices, torch's `upsample_*2d_aa`. -> (B, size, source).
+def _send(tables: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Host tables (B, n) to the device in one copy for which nobody waits."""
+    packed = torch.cat(list(tables), 1).to(dtype)
+    packed = packed.pin_memory() if device.type == "cuda" else packed
+    return packed.to(device, non_blocking=True).split([table.shape[1] for table in tables], 1)
 
-    A negative length mirrors; the rows sum to 1, or to 0 where no tap is left (padding).
+
+def _sampling_points(start: Tensor, length: Tensor, size: int, source: int, recipe: Recipe) -> Tensor:
+    """What `_resampling` needs of [start, start + length): where the taps and the outputs lie and which taps count.
+
+    (B,), (B,) -> (B, source + size + source) float64, in units of the filter's width.
     """
     inverse = (size / length.abs()).clamp(max=1.0)[:, None]  # the filter widens when shrinking, never when enlarging
     taps = torch.arange(source, dtype=torch.float64) + 0.5
@@ -191,8 +200,15 @@ def _resampling(start: Tensor, length: Tensor, size: int, source: int, recipe: R
         centres = centres.where(
             (centres > 0) & (centres < source * inverse), -math.inf
         )  # black, whatever the filter's reach
-    packed = torch.cat((taps * inverse, centres, box), 1).to(like, non_blocking=True)  # one transfer
-    taps, centres, box = packed.split((source, size, source), 1)
+    return torch.cat((taps * inverse, centres, box), 1)
+
+
+def _resampling(points: Tensor, size: int, source: int, recipe: Recipe) -> Tensor:
+    """Antialiased resampling as matrices, torch's `upsample_*2d_aa`, from `_sampling_points`. -> (B, size, source).
+
+    A negative length mirrored; the rows sum to 1, or to 0 where no tap is left (padding).
+    """
+    taps, centres, box = points.split((source, size, source), 1)
     x = (centres[:, :, None] - taps[:, None]).abs_()
     if recipe.interpolation == "bilinear":
         weights = torch.addcmul(box[:, None], box[:, None], x.clamp_(max=1.0), value=-1)
@@ -210,8 +226,11 @@ def _pieces(count: int, pixels: int, device: torch.device) -> list[slice]:
 
 def _turn(images: Tensor, flip: Tensor, turns: int) -> Tensor:
     """Flip those of (B, 3, H, W) images that `flip` names, then turn all of them by `turns` x 90 degrees."""
-    flip = flip.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-    return torch.where(flip, images.flip(3), images).rot90(turns, (2, 3))
+    # a quarter turn is a flip and a transposition, two are both flips: those along the width cancel, or make one
+    (flip,) = _send([flip[:, None] ^ (turns in (1, 2))], images.device, torch.bool)
+    images = images.flip(2) if turns > 1 else images
+    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    return images.mT if turns % 2 else images
 
 
 def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Tensor:
@@ -230,9 +249,13 @@ def crop_batch(images: Tensor, params: Params, size: int, recipe: Recipe) -> Ten
     left, w = torch.where(flip, left + w, left), torch.where(flip, -w, w)
     out = images.new_empty(count, 3, size, size, dtype=dtype)
     for at in _pieces(count, max(height * width, size * size), images.device):
-        y = images[at].to(dtype)
-        rows = _resampling(top[at], h[at], size, height, recipe, y)
-        columns = _resampling(left[at], w[at], size, width, recipe, y)
+        y = images[at].to(dtype, memory_format=torch.contiguous_format)
+        points = (
+            _sampling_points(top[at], h[at], size, height, recipe),
+            _sampling_points(left[at], w[at], size, width, recipe),
+        )
+        rows, columns = _send(points, y.device, dtype)
+        rows, columns = _resampling(rows, size, height, recipe), _resampling(columns, size, width, recipe)
         y = torch.bmm(y.reshape(-1, 3 * height, width), columns.mT).view(-1, height, size)
         rows = rows[:, None].expand(-1, 3, -1, -1).reshape(-1, size, height)  # matmul would broadcast far more slowly
         torch.div(torch.bmm(rows, y).view(-1, 3, size, size), gain, out=out[at])
@@ -257,9 +280,9 @@ def crop_one(image: Tensor, params: Params, row: int, size: int, recipe: Recipe)
 
 
 def _luma(x: Tensor) -> Tensor:
-    """ITU-R 601 with torchvision's digits. (N, 3, ...) -> (N, ...)."""
+    """Grey values. (N, 3, ...) -> (N, ...)."""
     r, g, b = x.unbind(1)
-    return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def _brightness(x: Tensor, factor: Tensor) -> None:
@@ -276,24 +299,32 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
     x.mul_(factor).add_(grey).clamp_(0, 1)
 
 
-def _hue(x: Tensor, turn: Tensor) -> None:
-    """Turn the hue hexagon without building HSV: value and chroma stay, so only the angle is needed."""
+@lru_cache(maxsize=8)
+def _hue_centres(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor((1 / 2, 1 / 3, 2 / 3), dtype=dtype).view(3, 1, 1).to(device)
+
+
+def _turn_hue(x: Tensor, turn: Tensor) -> None:
+    """Turn the hue hexagon without building HSV: value and chroma stay, so only the angle is needed.
+
+    turn: (N, 1, 1) in [1/2, 3/2], 1 is none. Rounding may leave [0, 1].
+    """
     r, g, b = x.unbind(1)
-    high, low = torch.maximum(g, b), torch.minimum(g, b)
-    torch.maximum(high, r, out=high)
-    torch.minimum(low, r, out=low)
+    high, low = x.amax(1), x.amin(1)
     chroma = (high - low).mul_(6).clamp_min_(1e-12)  # six times it: the angle is in turns, so that frac_ wraps it
     # Away from red the angle is 1/6 + (g + b - r - min) / (6 chroma) in all sextants; its side is the sign of g - b.
     angle = torch.add(g, b, out=high).sub_(r).sub_(low).div_(chroma).add_(1 / 6)
-    angle.copysign_(g - b).add_(turn[:, 0] + 1).frac_()
+    angle.copysign_(g - b).add_(turn).frac_()
     # Back: r = min + chroma (6 t(1/2) - 1), g, b = min + chroma (2 - 6 t(1/3, 2/3)); t(c): |angle - c| in [1/6, 1/3].
-    third, sixth = 1 / 3, 1 / 6
-    low.sub_(chroma, alpha=sixth)
-    torch.addcmul(low, chroma, (angle - 0.5).abs_().clamp_(sixth, third), out=r)
-    low.add_(chroma, alpha=0.5)
-    torch.addcmul(low, chroma, (angle - third).abs_().clamp_(sixth, third), value=-1, out=g)
-    torch.addcmul(low, chroma, angle.sub_(2 * third).abs_().clamp_(sixth, third), value=-1, out=b)
-    x.clamp_(0, 1)  # rounding may leave [0, 1]
+    torch.sub(angle[:, None], _hue_centres(x.dtype, x.device), out=x).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(low.sub_(chroma, alpha=1 / 6), chroma, r, out=r)
+    low, chroma, rest = low.add_(chroma, alpha=0.5)[:, None], chroma[:, None], x[:, 1:]
+    torch.addcmul(low, chroma, rest, value=-1, out=rest)
+
+
+def _hue(x: Tensor, turn: Tensor) -> None:
+    _turn_hue(x, turn[:, 0] + 1)
+    x.clamp_(0, 1)
 
 
 def _grey(x: Tensor, rows: Tensor) -> None:
@@ -304,23 +335,57 @@ def _grey(x: Tensor, rows: Tensor) -> None:
 JITTER = (_brightness, _contrast, _saturation, _hue)
 
 
-def _jitter(x: Tensor, factors: Tensor, order: Tensor, gather: bool) -> None:
-    """ColorJitter in place with an order per sample. x: (N, 3, S, S), factors: (N, 4), order: (N, 4) sorted, CPU."""
-    factors = factors.to(x, non_blocking=True)[:, :, None, None, None]
-    if gather:  # for a GPU, few launches: one per place and operation, over gathered samples
-        grouped = order.argsort(dim=0, stable=True).to(x.device, non_blocking=True)
-        for place in range(4):
-            for op, rows in enumerate(grouped[:, place].split(order[:, place].bincount(minlength=4).tolist())):
-                part = x.index_select(0, rows)
-                JITTER[op](part, factors[rows, op])
-                x.index_copy_(0, rows, part)
-        return
-    for ops in order.T.tolist():  # for a CPU, no copies: in sorted rows, those that share an operation are few slices
+def _jitter(x: Tensor, factors: Tensor, order: Tensor) -> None:
+    """ColorJitter in place with an order per sample. x: (N, 3, S, S), factors: (N, 4), order: (N, 4) sorted; a CPU's."""
+    factors = factors.to(x)[:, :, None, None, None]
+    for ops in order.T.tolist():  # without copies: in sorted rows, those that share an operation are few slices
         start = 0
         for op, run in groupby(ops):
             stop = start + len(list(run))
             JITTER[op](x[start:stop], factors[start:stop, op])
             start = stop
+
+
+def _colour_matrices(params: Params, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All colours but hue as matrices on (r, g, b), in float64 on the CPU.
+
+    A view is three blends, a turn of the hue and three blends more, those that a sample's order leaves out being none;
+    then grey and the permutation. -> blends (B, 6, 3, 3), weights of the pixels' mean in them (B, 6, 1, 3), turn (B, 1)
+    and the last matrix (B, 3, 3).
+    """
+    one, luma = torch.eye(3, dtype=torch.float64), torch.tensor([LUMA], dtype=torch.float64).expand(3, 3)
+    factors = torch.where(params.jitter[:, None], params.factors, torch.tensor((1.0, 1.0, 1.0, 0.0)).double())
+    keep, lose = factors[:, :3, None, None], 1 - factors[:, :3, None, None]
+    place = params.order.argsort(1)  # of each operation
+    stage = place[:, :3] + 2 * (place[:, :3] > place[:, 3:])
+    each = torch.arange(len(stage))
+    blends = one.repeat(len(stage), 6, 1, 1)
+    blends[each[:, None], stage] = keep * one
+    blends[each, stage[:, 2]] += lose[:, 2] * luma  # saturation: towards the grey image
+    means = torch.zeros(len(stage), 6, 1, 3, dtype=torch.float64)
+    means[each, stage[:, 1]] = lose[:, 1] * luma[:1]  # contrast: towards its mean
+    grey = torch.where(params.grey[:, None, None], luma, one)
+    if recipe.grey_first and any(recipe.jitter):
+        blends[:, 0], means[:, 0] = blends[:, 0] @ grey, means[:, 0] @ grey
+        grey = one
+    return blends, means, factors[:, 3:], one[params.permutation] @ grey
+
+
+def _colour_at_once(x: Tensor, params: Params, recipe: Recipe) -> Tensor:
+    """`colour_batch` for a GPU: few launches, whatever the batch; every sample goes through all of them."""
+    blends, means, turn, last = (m.flatten(1) for m in _colour_matrices(params, recipe))
+    turn = turn.to(x.dtype) + 1  # rounded as on a CPU
+    blends, means, turn, last, taps = _send((blends, means, turn, last, _blur_taps(params.sigma)), x.device, x.dtype)
+    shape, x = x.shape, x.flatten(2)
+    if any(recipe.jitter):
+        for i, (blend, mean) in enumerate(zip(blends.split(9, 1), means.split(3, 1), strict=True)):
+            if i == 3:
+                _turn_hue(x.view(shape), turn[:, :, None])  # the next blend clamps
+            bias = torch.bmm(mean.unflatten(1, (1, 3)), x.mean(2, keepdim=True))
+            x = torch.baddbmm(bias, blend.unflatten(1, (3, 3)), x).clamp_(0, 1)
+    if recipe.grey or recipe.permute:
+        x = torch.bmm(last.unflatten(1, (3, 3)), x)
+    return _blur(x.view(shape), taps) if recipe.blur else x.view(shape)
 
 
 @lru_cache(maxsize=8)
@@ -332,15 +397,22 @@ def _blur_basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.nn.functional.one_hot(reads, size).reshape(len(taps), -1).to(device, dtype)
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation per sample, 13 taps, reflected borders. x: (N, 3, S, S), sigma: (N,)."""
+def _blur_taps(sigma: Tensor) -> Tensor:
+    """Weights of a Gaussian of each standard deviation; of none for 0. (N,) -> (N, 13) float64."""
+    taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    return (taps / sigma[:, None].clamp(min=1e-3)).square().mul(-0.5).softmax(1)
+
+
+def _blur(x: Tensor, taps: Tensor) -> Tensor:
+    """Gaussian blur with the weights of `_blur_taps`, reflected borders. x: (N, 3, S, S), taps: (N, 13)."""
     size = x.shape[-1]
-    weights = (torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1) / sigma[:, None]).square().mul(-0.5).softmax(1)
-    band = weights.to(x, non_blocking=True) @ _blur_basis(size, x.dtype, x.device)
+    band = taps @ _blur_basis(size, x.dtype, x.device)
     band = band.view(-1, 1, size, size).expand(-1, 3, -1, -1).reshape(-1, size, size)
-    block = size if x.is_cuda or size <= 32 else 16  # on a CPU, most of a large band is zeros not worth multiplying
-    cuts = [(at, at + block, max(0, at - BLUR_RADIUS), at + block + BLUR_RADIUS) for at in range(0, size, block)]
     x = x.reshape(-1, size, size)
+    if x.device.type != "cpu" or size <= 32:
+        return torch.bmm(torch.bmm(band, x), band.mT).view(-1, 3, size, size)
+    # on a CPU, most of a large band is zeros not worth multiplying
+    cuts = [(at, at + 16, max(0, at - BLUR_RADIUS), at + 16 + BLUR_RADIUS) for at in range(0, size, 16)]
     x = torch.cat([torch.bmm(band[:, a:b, lo:hi], x[:, lo:hi]) for a, b, lo, hi in cuts], 1)
     x = torch.cat([torch.bmm(x[:, :, lo:hi], band[:, a:b, lo:hi].mT) for a, b, lo, hi in cuts], 2)
     return x.view(-1, 3, size, size)
@@ -350,24 +422,25 @@ def colour_batch(x: Tensor, params: Params, recipe: Recipe) -> Tensor:
     """Jitter, grey, channel permutation and blur on x's device. (B, 3, S, S) in [0, 1] -> same."""
     if not (any(recipe.jitter) or recipe.grey or recipe.blur or recipe.permute):
         return x
+    if x.device.type != "cpu":
+        return _colour_at_once(x, params, recipe)
     code = torch.where(params.jitter, (params.order * torch.tensor((64, 16, 4, 1))).sum(1), 256)  # unjittered last
     by_order, out = code.argsort(stable=True), torch.empty_like(x)
     for at in _pieces(len(x), x.shape[-1] ** 2, x.device):
         rows = by_order[at]
         jittered = rows[params.jitter[rows]]
-        indices = (rows, params.grey[rows].nonzero()[:, 0], params.sigma[rows].nonzero()[:, 0])
-        there, grey, blurred = (i.to(x.device, non_blocking=True) for i in indices)
-        y = x.index_select(0, there)
+        grey, blurred = params.grey[rows].nonzero()[:, 0], params.sigma[rows].nonzero()[:, 0]
+        y = x.index_select(0, rows)
         if len(grey) and recipe.grey_first:
             _grey(y, grey)
         if len(jittered):
-            _jitter(y[: len(jittered)], params.factors[jittered], params.order[jittered], gather=x.is_cuda)
+            _jitter(y[: len(jittered)], params.factors[jittered], params.order[jittered])
         if len(grey) and not recipe.grey_first:
             _grey(y, grey)
         if recipe.permute:
-            channels = params.permutation[rows].to(x.device, non_blocking=True)
-            y = y.gather(1, channels[:, :, None, None].expand_as(y))
+            y = y.gather(1, params.permutation[rows][:, :, None, None].expand_as(y))
         if len(blurred):
-            y.index_copy_(0, blurred, _blur(y.index_select(0, blurred), params.sigma[rows[indices[2]]]))
-        out.index_copy_(0, there, y)
+            taps = _blur_taps(params.sigma[rows[blurred]]).to(y.dtype)
+            y.index_copy_(0, blurred, _blur(y.index_select(0, blurred), taps))
+        out.index_copy_(0, rows, y)
     return out
