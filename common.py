@@ -42,7 +42,7 @@ from trainers.shared.boxes import (
     usable_objects,
 )
 from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
-from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, gather, set_batch_norm_groups
+from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, fold_batch_norm, gather, send, set_batch_norm_groups
 from trainers.shared.sources import (
     RESIDENT_PX,
     OtherClasses,
@@ -212,7 +212,8 @@ class Batches:
         self.device, self.rank, self.world, self.num_workers = device, rank, world, num_workers
         self.steps_per_epoch = len(source) // batch_size
         self.resident = source.pixels is not None
-        self._pixels = source.pixels.to(device) if self.resident else None
+        self.on_device = self.resident and _fits(source.pixels, device)
+        self._pixels = source.pixels.to(device) if self.on_device else source.pixels
         self._order: tuple[int, Tensor] | None = None
         self._stream: Iterator | None = None
         self._next = -1  # the step that the running stream would give
@@ -236,9 +237,9 @@ class Batches:
         return self._order[1][start : start + share]
 
     def batch(self, step: int) -> Batch:
-        epoch, indices, views = self.epoch(step), self.indices(step), []
+        epoch, indices, views, device = self.epoch(step), self.indices(step), [], self.device
         if self.resident:
-            images = self._pixels[indices.to(self.device)]
+            images = self._pixels[send(indices, device)] if self.on_device else send(self._pixels[indices], device)
             heights, widths = (torch.full((len(indices),), side) for side in images.shape[2:])
         else:
             crops, heights, widths = self._streamed(step)
@@ -247,10 +248,10 @@ class Batches:
             if self.resident:
                 crop = crop_batch(images, params, size, recipe)
             else:
-                crop = crops[v].to(self.device, non_blocking=True).float().div_(255)
+                crop = send(crops[v], device).float().div_(255)
             views.append(colour_batch(crop, params, recipe))
         labels = self.source.labels
-        return Batch(views, None if labels is None else labels[indices].to(self.device, non_blocking=True), indices)
+        return Batch(views, None if labels is None else send(labels[indices], device), indices)
 
     def samples(self) -> Dataset:
         """What the workers read; a trainer whose samples are no square views has its own, with its own `collate`."""
@@ -284,6 +285,11 @@ class Batches:
             self.source.bad.setdefault(i, why)
         check_bad(self.source.name, self.source.bad, len(self.source))
         return crops, sizes[:, 0], sizes[:, 1]
+
+
+def _fits(pixels: Tensor, device: torch.device) -> bool:
+    """Whether a quarter of the device's free memory holds them; the networks need the rest."""
+    return device.type != "cuda" or pixels.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 class StepSampler:
@@ -501,7 +507,20 @@ class FeatureMaps(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LARS(torch.optim.SGD):
+class SGD(torch.optim.SGD):
+    """torch's, whose momentum starts at zero: fused, torch's own is undefined where a GradScaler skips the first step."""
+
+    def _init_group(self, group, params, grads, momentum_buffer_list):
+        sparse = super()._init_group(group, params, grads, momentum_buffer_list)
+        if group["fused"] and group["momentum"]:
+            momentum_buffer_list[:] = [
+                torch.zeros_like(w) if buffer is None else buffer
+                for w, buffer in zip(params, momentum_buffer_list, strict=True)
+            ]
+        return sparse
+
+
+class LARS(SGD):
     """SGD whose gradients are first scaled layer by layer (You et al. 2017, arXiv:1708.03888), as NVIDIA's LARC does.
 
     For every tensor w with gradient g, both of non-zero norm, biases included:
@@ -513,16 +532,6 @@ class LARS(torch.optim.SGD):
     def __init__(self, params, lr: float, *, trust_coefficient=0.001, clip=False, eps=1e-8, **sgd):
         super().__init__(params, lr, **sgd)
         self.trust_coefficient, self.clip, self.eps = trust_coefficient, clip, eps
-
-    def _init_group(self, group, params, grads, momentum_buffer_list):
-        """Momentum starts at zero: fused, torch's is undefined for a late first gradient or a skipped first step."""
-        sparse = super()._init_group(group, params, grads, momentum_buffer_list)
-        if group["fused"] and group["momentum"]:
-            momentum_buffer_list[:] = [
-                torch.zeros_like(w) if buffer is None else buffer
-                for w, buffer in zip(params, momentum_buffer_list, strict=True)
-            ]
-        return sparse
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -573,11 +582,12 @@ def create_optimizer(
         return torch.optim.AdamW(params, lr, betas=(momentum, 0.999), weight_decay=weight_decay, **fused)
     if name == "lars":
         return LARS(params, lr, momentum=momentum, weight_decay=weight_decay, **fused)
-    return torch.optim.SGD(params, lr, momentum=momentum, weight_decay=weight_decay, **fused)
+    return SGD(params, lr, momentum=momentum, weight_decay=weight_decay, **fused)
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a network, channels last: convolutions are faster so on GPUs and on CPUs (MobileNetV3 by half)."""
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # views have one size or two
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -770,13 +780,20 @@ def knn_table(
     every = -(-len(gallery) // 50_000)
     gallery = gallery.take(range(0, len(gallery), every)) if every > 1 else gallery
     rows = {"raw pixels": lambda x: F.interpolate(x, (32, 32), mode="area").flatten(1), **networks}
-    accuracy = {}
+    accuracy, k, device, world = {}, min(20, len(gallery)), accelerator.device, accelerator.num_processes
+    share = torch.arange(len(queries)).tensor_split(world)[accelerator.process_index]
     for name, network in rows.items():
-        features = [
+        before = next((p.device for p in network.parameters()), device) if isinstance(network, nn.Module) else device
+        network = to_device(network, device) if before != device else network
+        g, q = (
             extract_features(network, s, eval_recipe(size), size, accelerator, **options) for s in (gallery, queries)
-        ]
-        k = min(20, len(gallery))
-        accuracy[f"knn {name}"] = knn_accuracy(features[0], gallery.labels, features[1], queries.labels, k)
+        )
+        _ = network.to(before) if before != device else None
+        hits = torch.zeros(1, dtype=torch.float64)
+        if len(share):  # of the queries, every process's
+            hits += knn_accuracy(g, gallery.labels, q[share].to(device), queries.labels[share], k) * len(share)
+        hits = accelerator.reduce(hits.to(device), "sum") if world > 1 else hits
+        accuracy[f"knn {name}"] = hits.item() / len(queries)
     if accelerator.is_main_process:
         print(f"\nkNN top-1 on {len(queries)} images of {queries.name}, {len(gallery)} in the gallery (k {k}, cosine)")
         for name, value in accuracy.items():
@@ -864,5 +881,6 @@ def effective_rank(z: Tensor) -> Tensor:
 
 def health(z: Tensor) -> dict[str, float]:
     """z_std and effective_rank (of the first 512) of the global batch; z (B, D): this process's share. All must call it."""
-    z = gather(z.detach()).cpu()
-    return {"z_std": z_std(z).item(), "effective_rank": effective_rank(z[:512]).item()}
+    z = gather(z.detach())
+    figures = torch.stack([z_std(z), effective_rank(z[:512])])  # one wait for the device
+    return dict(zip(("z_std", "effective_rank"), figures.tolist(), strict=True))

@@ -285,7 +285,7 @@ def main(args: Args) -> dict[str, float]:
         common.set_lr(optimizer, lr)
 
         logits, pair = student(x, t)
-        indices = batch.indices.to(device, non_blocking=True)
+        indices = common.send(batch.indices, device)
         g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         negatives = others.draw(common.gather(batch.labels), args.crd_negatives, g)
         candidates = torch.cat([indices[:, None], negatives.chunk(world)[rank]], 1)

@@ -186,8 +186,8 @@ def encode_keys(encoder_k: nn.Module, x: Tensor, order: Tensor | None, rank: int
     """Keys of the global batch, (batch, D), from this process's (B, 3, S, S); `order` shuffles the global batch."""
     if order is None:
         return common.gather(encoder_k([x])[0])
-    share = order[rank * len(x) : (rank + 1) * len(x)].to(x.device)
-    return common.gather(encoder_k([common.gather(x)[share]])[0])[order.argsort().to(x.device)]
+    share = common.send(order[rank * len(x) : (rank + 1) * len(x)], x.device)
+    return common.gather(encoder_k([common.gather(x)[share]])[0])[common.send(order.argsort(), x.device)]
 
 
 def main(args: Args) -> dict[str, float]:
@@ -233,7 +233,7 @@ def main(args: Args) -> dict[str, float]:
     backbone = common.create_backbone(args.student, small_images=args.small_images)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     dim = teacher.num_features
     if teacher.head is None:
         run.say(f"the teacher has no projection head: its {dim}-d features, l2-normalised, are what is distilled (D5)")
@@ -307,7 +307,7 @@ def main(args: Args) -> dict[str, float]:
 
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all embeddings equal; the teacher's own is the goal
-            health = {**common.health(s1), "teacher_z_std": common.z_std(common.gather(t1).cpu()).item()}
+            health = {**common.health(s1), "teacher_z_std": common.z_std(common.gather(t1)).item()}
             parts = {"info_nce": contrast, "consistency_1": consistency_1, "consistency_2": consistency_2}
             seen = run.log(step, loss=loss, **parts, **health, lr=optimizer.param_groups[0]["lr"])
             collapsed = collapsed + 1 if seen["z_std"] < 0.02 * min(1, seen["teacher_z_std"]) else 0

@@ -235,7 +235,7 @@ def main(args: Args) -> dict[str, float]:
     for step in run.start(first_step, total_steps, data):
         if args.augmentation == "none":
             rows = data.indices(step)
-            features, labels = cached[rows.to(device)], source.labels[rows].to(device)
+            features, labels = cached[common.send(rows, device)], common.send(source.labels[rows], device)
         else:
             batch = data.batch(step)
             with torch.no_grad(), accelerator.autocast():

@@ -188,8 +188,8 @@ def encode_keys(encoder_k: nn.Module, x: Tensor, order: Tensor | None, rank: int
     """Keys of the global batch, (batch, D), from this process's (B, 3, S, S); `order` shuffles the global batch."""
     if order is None:
         return common.gather(encoder_k(x))
-    share = order[rank * len(x) : (rank + 1) * len(x)].to(x.device)
-    return common.gather(encoder_k(common.gather(x)[share]))[order.argsort().to(x.device)]
+    share = common.send(order[rank * len(x) : (rank + 1) * len(x)], x.device)
+    return common.gather(encoder_k(common.gather(x)[share]))[common.send(order.argsort(), x.device)]
 
 
 def hide_and_seek(x: Tensor, u: Tensor, fill: Tensor) -> Tensor:
@@ -197,15 +197,12 @@ def hide_and_seek(x: Tensor, u: Tensor, fill: Tensor) -> Tensor:
 
     The first column of u chooses a grid of 0, 16, 8 or 4 cells a side, the others hide their cell where below 0.5.
     """
-    choice, x = (u[:, 0] * 4).long(), x.clone()
+    choice, hidden = (u[:, 0] * 4).long().view(-1, 1, 1), torch.zeros(len(u), 16, 16, dtype=torch.bool)
     for number, cells in enumerate((16, 8, 4), start=1):
-        rows = (choice == number).nonzero()[:, 0]
-        if len(rows):
-            hidden = (u[rows, 1 : 1 + cells**2] < 0.5).view(-1, 1, cells, cells).to(x)
-            hidden = F.interpolate(hidden, x.shape[2:], mode="nearest").bool()
-            rows = rows.to(x.device)
-            x[rows] = torch.where(hidden, fill.to(x), x[rows])
-    return x
+        grid = (u[:, 1 : 1 + cells**2] < 0.5).view(-1, cells, cells)
+        hidden |= grid.repeat_interleave(16 // cells, 1).repeat_interleave(16 // cells, 2) & (choice == number)
+    hidden = common.send(hidden.unsqueeze(1).to(x.dtype), x.device)
+    return torch.where(F.interpolate(hidden, x.shape[2:], mode="nearest").bool(), fill.to(x), x)
 
 
 def main(args: Args) -> dict[str, float]:
@@ -250,7 +247,7 @@ def main(args: Args) -> dict[str, float]:
     head = create_head(args.head, backbone.num_features, args.hidden_dim, args.embedding_dim)
     if args.init_from and not hub.load_weights(backbone, args.init_from, head):
         run.say(f"--init-from {args.init_from}: no head of these shapes in it; the head starts fresh")
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     encoder_q = Encoder(backbone, head)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
     encoder_q, encoder_k = (

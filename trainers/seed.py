@@ -244,7 +244,7 @@ def main(args: Args) -> dict[str, float]:
     backbone = common.create_backbone(args.student, small_images=args.small_images)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     dim = teacher.num_features
     if teacher.head is None:
         run.say(f"the teacher has no projection head: its {dim}-d features, l2-normalised, are what is distilled (D4)")
@@ -309,7 +309,7 @@ def main(args: Args) -> dict[str, float]:
 
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all embeddings equal; the teacher's own is the goal
-            health = {**common.health(s[0]), "teacher_z_std": common.z_std(common.gather(t[0]).cpu()).item()}
+            health = {**common.health(s[0]), "teacher_z_std": common.z_std(common.gather(t[0])).item()}
             seen = run.log(step, loss=loss, **extra, **health, lr=lr)
             collapsed = collapsed + 1 if seen["z_std"] < 0.02 * min(1, seen["teacher_z_std"]) else 0
             if collapsed == 5:

@@ -168,7 +168,7 @@ def main(args: Args) -> dict[str, float]:
     backbone = common.create_backbone(args.backbone, small_images=args.small_images)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     model = SimSiam(backbone, args.proj_dim, args.pred_hidden_dim)
     model = common.set_batch_norm_groups(model, args.bn_group_size, args.batch_size)
     if args.compile:

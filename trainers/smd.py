@@ -213,7 +213,7 @@ def main(args: Args) -> dict[str, float]:
     backbone = common.create_backbone(args.student, small_images=args.small_images)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     student = Student(backbone, teacher.num_features)
     student = common.set_batch_norm_groups(student, args.bn_group_size, args.batch_size)
     light = args.student.startswith(("mobilenetv3", "efficientnet", "tf_mobilenetv3", "tf_efficientnet"))
@@ -260,7 +260,7 @@ def main(args: Args) -> dict[str, float]:
 
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all features equal; the teacher's own is the goal
-            health = {**common.health(s1), "teacher_z_std": common.z_std(common.gather(t1).cpu()).item()}
+            health = {**common.health(s1), "teacher_z_std": common.z_std(common.gather(t1)).item()}
             lr = optimizer.param_groups[0]["lr"]
             seen = run.log(step, loss=loss, cos_term=cosine, distill_term=metric, **health, lr=lr)
             # five looks in a row: a step after the first, or a batch of one class, may well be close together

@@ -28,7 +28,6 @@ Results: configs/sskd/*.toml record command, hardware, time and accuracy of each
 import os
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -193,16 +192,10 @@ def true_rank(scores: Tensor, target: Tensor) -> Tensor:
     return ((scores > true) | ((scores == true) & earlier)).sum(1)
 
 
-@lru_cache(maxsize=8)
-def kept_wrong(rows: int, keep: float, device: torch.device) -> Tensor:
-    """How many of n wrong rows are kept, for n = 0 ... rows: a table, so that no step waits for n."""
-    return torch.tensor([int(n * keep) for n in range(rows + 1)], device=device)
-
-
 def selected(rank: Tensor, keep: float) -> Tensor:
     """Rows to distil from their true entry's rank, (N,) -> (N,) bool: the right ones and a share of the wrong ones."""
     wrong = (rank > 0).sum().view(1)
-    count = len(rank) - wrong + kept_wrong(len(rank), keep, rank.device).gather(0, wrong)
+    count = len(rank) - wrong + (wrong.double() * keep).long()  # as int(wrong * keep)
     place = torch.empty_like(rank)
     place[rank.argsort(stable=True)] = torch.arange(len(rank), device=rank.device)  # D2
     return place < count
@@ -398,7 +391,7 @@ def main(args: Args) -> dict[str, float]:
             similar, own = similarity(rep.detach())
             health = {
                 "ssp_top1": 100 * (similar.argmax(1) == own).float().mean(),
-                "z_std": common.z_std(rep.cpu()).item(),
+                "z_std": common.z_std(rep).item(),
             }
             run.log(step, loss=loss, **terms, **health, **seen, lr=lr)
 

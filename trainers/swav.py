@@ -286,7 +286,7 @@ def main(args: Args) -> dict[str, float]:
     )
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     model = SwAV(backbone, args.hidden_dim, args.projection_dim, args.num_prototypes)
     model = common.set_batch_norm_groups(model, args.bn_group_size, args.batch_size)
     if args.compile:

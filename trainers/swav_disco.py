@@ -293,7 +293,7 @@ def main(args: Args) -> dict[str, float]:
     backbone = common.create_backbone(args.student, small_images=args.small_images, mean=common.IMAGENET_MEAN, std=STD)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
-    untrained = copy.deepcopy(backbone).to(device)
+    untrained = copy.deepcopy(backbone)  # on the CPU until it is reported
     dim = teacher.num_features
     if teacher.head is None:
         run.say(
@@ -367,7 +367,7 @@ def main(args: Args) -> dict[str, float]:
         if run.log_due(step):
             # z_std: 1 = spread over the sphere, 0 = all embeddings equal; the teacher's own is the goal
             health = {**common.health(z[:, 0]), **prototype_health(scores, codes, args.temperature)}
-            health["teacher_z_std"] = common.z_std(common.gather(t[:, 0]).cpu()).item()
+            health["teacher_z_std"] = common.z_std(common.gather(t[:, 0])).item()
             seen = run.log(step, loss=loss, swapped_term=swapped, mse_term=mse, **health, lr=lr)
             stuck = stuck + 1 if step >= args.freeze_prototypes_steps and seen["swapped_term"] > 0.995 * chance else 0
             if stuck >= max(5, patience / args.log_every):

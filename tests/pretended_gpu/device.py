@@ -437,7 +437,7 @@ def pretend(count=1):
             "is_bf16_supported": lambda *_, **__: True, "manual_seed": none, "manual_seed_all": none, "synchronize": none,
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": none, "empty_cache": none,
             "get_device_capability": lambda *_: (8, 0), "Event": Event, "is_current_stream_capturing": lambda: False,
-            "current_stream": Event,
+            "current_stream": Event, "mem_get_info": lambda *_: (60 << 30, 80 << 30),
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: True))

@@ -8,6 +8,7 @@ from timm.layers import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 SMALL_GROUP = 2**22  # values; a GPU normalises fewer sooner than a call is launched (estimated from its bandwidth)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,6 +98,52 @@ def resnet50w5(pretrained: bool = False, **kwargs) -> ResNet:
     return _wide_resnet("resnet50w5", 5, pretrained, kwargs)
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor's copy on `device`, without a wait for it: pinned, for a GPU reads other memory at once."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+@torch.no_grad()
+def fold_batch_norm(network: nn.Module, x: Tensor) -> nn.Module:
+    """Fold every BatchNorm of a frozen network in eval mode that directly follows a convolution into it, in place.
+
+    Which does is seen in one pass of `x` (B, 3, H, W). `network` comes back as it was where its output would differ by more
+    than 1e-4 of the largest feature: a convolution whose result is used twice.
+    """
+    made, pairs = {}, {}
+
+    def remember(conv: nn.Module, _, out: Tensor) -> None:
+        made[id(out)] = conv, out  # kept: another tensor would get its id
+
+    def follow(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if (found := made.get(id(inputs[0]))) is not None:
+            pairs[norm] = found[0]
+
+    modules = dict(network.named_modules())
+    hooks = [m.register_forward_hook(remember) for m in modules.values() if isinstance(m, nn.Conv2d)]
+    norms = {m: name for name, m in modules.items() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    hooks += [m.register_forward_pre_hook(follow) for m in norms]
+    before = network(x)
+    for hook in hooks:
+        hook.remove()
+    kept = {conv: (conv.weight, conv.bias) for conv in pairs.values()}
+    if len(kept) < len(pairs):
+        return network  # a convolution or norm that is used in two places
+    for norm, conv in pairs.items():
+        affine = norm.weight, norm.bias
+        if norm.weight is None:
+            affine = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, *affine
+        )
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        network.set_submodule(norms[norm], rest)
+    if (network(x) - before).abs().max() > 1e-4 * before.abs().max():
+        for norm, conv in pairs.items():
+            (conv.weight, conv.bias), _ = kept[conv], network.set_submodule(norms[norm], norm)
+    return network
+
+
 class _AllReduce(torch.autograd.Function):
     """Sum over the processes of a group; the gradient is summed likewise (torch's own version is deprecated)."""
 
@@ -117,10 +164,8 @@ def gather(x: Tensor) -> Tensor:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return x
     rank, world = dist.get_rank(), dist.get_world_size()
-    everywhere = x.new_zeros(world, *x.shape)
-    return _AllReduce.apply(
-        everywhere.index_copy(0, torch.tensor([rank], device=x.device), x.unsqueeze(0)), None
-    ).flatten(0, 1)
+    place = send(torch.tensor([rank]), x.device)
+    return _AllReduce.apply(x.new_zeros(world, *x.shape).index_copy(0, place, x.unsqueeze(0)), None).flatten(0, 1)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from trainers.shared.networks import send
+
 BLUR_RADIUS = 6  # taps on each side: three standard deviations of the widest blur in use, sigma 2
 LEAST_PX = BLUR_RADIUS + 1  # side of a view: the blur reflects its borders
 CHUNK_PIXELS = 2**17  # pixels per channel of one piece of work on a CPU: a piece and its temporaries stay in L2
@@ -182,8 +184,7 @@ def sample_params(
 def _send(tables: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Host tables (B, n) to the device in one copy for which nobody waits."""
     packed = torch.cat(list(tables), 1).to(dtype)
-    packed = packed.pin_memory() if device.type == "cuda" else packed
-    return packed.to(device, non_blocking=True).split([table.shape[1] for table in tables], 1)
+    return send(packed, device).split([table.shape[1] for table in tables], 1)
 
 
 def _sampling_points(start: Tensor, length: Tensor, size: int, source: int, recipe: Recipe) -> Tensor:
