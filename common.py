@@ -212,8 +212,12 @@ class Batches:
         self.device, self.rank, self.world, self.num_workers = device, rank, world, num_workers
         self.steps_per_epoch = len(source) // batch_size
         self.resident = source.pixels is not None
-        self.on_device = self.resident and _fits(source.pixels, device)
-        self._pixels = source.pixels.to(device) if self.on_device else source.pixels
+        self.kept, self._pixels = "resident (decoded once, in memory)", source.pixels
+        if self.resident and device.type == "cuda":
+            # half of what is free: networks, optimizer and activations come later
+            fits = source.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+            self._pixels = source.pixels.to(device) if fits else source.pixels
+            self.kept = f"resident (decoded once, {'on the GPU' if fits else 'too large for the GPU: in the host'})"
         self._order: tuple[int, Tensor] | None = None
         self._stream: Iterator | None = None
         self._next = -1  # the step that the running stream would give
@@ -239,7 +243,7 @@ class Batches:
     def batch(self, step: int) -> Batch:
         epoch, indices, views, device = self.epoch(step), self.indices(step), [], self.device
         if self.resident:
-            images = self._pixels[send(indices, device)] if self.on_device else send(self._pixels[indices], device)
+            images = send(self._pixels[send(indices, self._pixels.device)], device)
             heights, widths = (torch.full((len(indices),), side) for side in images.shape[2:])
         else:
             crops, heights, widths = self._streamed(step)
@@ -285,11 +289,6 @@ class Batches:
             self.source.bad.setdefault(i, why)
         check_bad(self.source.name, self.source.bad, len(self.source))
         return crops, sizes[:, 0], sizes[:, 1]
-
-
-def _fits(pixels: Tensor, device: torch.device) -> bool:
-    """Whether a quarter of the device's free memory holds them; the networks need the rest."""
-    return device.type != "cuda" or pixels.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 class StepSampler:
@@ -513,10 +512,11 @@ class SGD(torch.optim.SGD):
     def _init_group(self, group, params, grads, momentum_buffer_list):
         sparse = super()._init_group(group, params, grads, momentum_buffer_list)
         if group["fused"] and group["momentum"]:
-            momentum_buffer_list[:] = [
-                torch.zeros_like(w) if buffer is None else buffer
-                for w, buffer in zip(params, momentum_buffer_list, strict=True)
-            ]
+            for i, (w, buffer) in enumerate(zip(params, momentum_buffer_list, strict=True)):
+                if buffer is None:
+                    momentum_buffer_list[i] = torch.zeros_like(w)
+                elif buffer.stride() != w.stride():  # resumed from another device; the kernel wants one layout
+                    momentum_buffer_list[i] = torch.empty_like(w).copy_(buffer)
         return sparse
 
 

@@ -99,8 +99,10 @@ def resnet50w5(pretrained: bool = False, **kwargs) -> ResNet:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor's copy on `device`, without a wait for it: pinned, for a GPU reads other memory at once."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+    """A host tensor's copy on `device` for which the host does not wait; x itself where it is there already."""
+    if device.type == "cuda" and x.device.type == "cpu" and x.nbytes > 65536 and not x.is_pinned():
+        x = x.pin_memory()  # CUDA waits for a larger copy from pageable memory
+    return x.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -164,8 +166,8 @@ def gather(x: Tensor) -> Tensor:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return x
     rank, world = dist.get_rank(), dist.get_world_size()
-    place = send(torch.tensor([rank]), x.device)
-    return _AllReduce.apply(x.new_zeros(world, *x.shape).index_copy(0, place, x.unsqueeze(0)), None).flatten(0, 1)
+    before, after = (x.new_zeros(n * len(x), *x.shape[1:]) for n in (rank, world - 1 - rank))
+    return _AllReduce.apply(torch.cat((before, x, after)), None)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import common
 
+SKIPPED = 20  # steps in a row whose loss is not finite that fp16 may take; its scale has been halved as often
+
 
 class Run:
     """A run's folder, log, progress, stop signals and checkpoints; made once at the top of `main`.
@@ -64,7 +66,9 @@ class Run:
         self._parent = os.getppid() if launched else None
         self._start = self._first_step = self._total = self._images = 0
         self._bar = None
-        self._first_bad: Tensor | None = None
+        self._first_bad, self._watched = None, 0
+        if accelerator.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # batches of one size: the fastest convolutions are looked for once
         if accelerator.is_main_process:
             self._write_facts(trainer_file)
         if args.tracker != "none":
@@ -147,9 +151,7 @@ class Run:
                 log.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
                 os.replace(log.with_suffix(".tmp"), log)
             if data is not None:
-                how = (
-                    "resident (decoded once, in memory)" if data.resident else f"streamed ({data.num_workers} workers)"
-                )
+                how = data.kept if data.resident else f"streamed ({data.num_workers} workers)"
                 self.say(f"data: {data.source.name}, {len(data.source)} images, {how}")
                 side = max(size for _, size in data.views)
                 network = getattr(self.args, "student", getattr(self.args, "backbone", ""))
@@ -164,13 +166,23 @@ class Run:
         return range(first_step, total_steps)
 
     def watch(self, step: int, loss: Tensor) -> None:
-        """Remember, on the device and without waiting for it, the first step whose loss was not finite."""
-        bad = torch.where(loss.detach().isfinite().all(), torch.inf, float(step))
-        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        """Remember, on the device and without waiting for it, the first step whose loss was not finite.
+
+        A GradScaler skips steps that overflow: with it, the first of those since the last finite loss.
+        """
+        finite = loss.detach().isfinite().all()
+        bad = torch.where(finite, torch.inf, float(step))
+        if self._first_bad is not None:
+            bad = torch.minimum(self._first_bad, bad)
+        if self.accelerator.scaler is not None:
+            bad = torch.where(finite, torch.inf, bad)
+        self._first_bad, self._watched = bad, step
 
     def check(self) -> None:
-        """Stop with the step's number if a watched loss was not finite."""
-        if self._first_bad is not None and math.isfinite(first := self._first_bad.item()):
+        """Stop with the step's number if a watched loss was not finite; with a GradScaler, if so for SKIPPED steps."""
+        if self._first_bad is None or not math.isfinite(first := self._first_bad.item()):
+            return
+        if self.accelerator.scaler is None or self._watched - first >= SKIPPED:
             raise SystemExit(
                 f"step {int(first)}: the loss is not finite. A learning rate far too high, or fp16 overflow: lower "
                 f"--base-lr, or use bf16; --resume goes back to the newest checkpoint in {self.dir}"

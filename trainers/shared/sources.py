@@ -428,7 +428,8 @@ def _make_resident(source: Source, force: bool) -> Source:
     else:
         raise SystemExit(f"--data {source.name}: the first {min(len(source), 10)} images cannot be read")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
-    if not force and (max(first.shape[1:]) > RESIDENT_PX or len(source) * first.numel() > memory // 4):
+    share = memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every process on this machine holds its own
+    if not force and (max(first.shape[1:]) > RESIDENT_PX or len(source) * first.numel() > share):
         return source
     pixels = torch.empty(len(source), *first.shape, dtype=torch.uint8)
     bad: dict[int, str] = {}
