@@ -11,11 +11,12 @@ Parts, in this order, each with a share of the time and what earlier ones left o
   training   SimSiam, then SMD from it: ResNet-18 with the 3x3 stem, CIFAR-10, bf16, with kNN at the end
 All results so far are in one JSON file (--out) after every measurement. A part or a measurement that fails or hangs is
 recorded there as an error, and the next goes on. `.gpu/site` holds pure-Python packages and `.gpu/data` CIFAR-10 as TSV,
-which needs no `datasets`, and photographs; both are copied by --pack.
+compressed, which needs no `datasets`, and photographs; --pack copies both (about 40 MiB).
 """
 
 import argparse
 import contextlib
+import gzip
 import importlib
 import importlib.metadata
 import importlib.util
@@ -199,7 +200,7 @@ def train(bench: Bench, method: str, folder: Path, seconds: float) -> dict:
     spec = {"trainer": method, "compiled": False, "precisions": ["bf16"], "data": data, "batch": batch}
     spec |= {"teacher": str(folder / "simsiam")} if teacher else {}
     trial = bench.measure("steps", {**spec, "small_images": not bench.args.small}, min(90, seconds / 2))
-    if "error" in trial[0]:
+    if "step_ms" not in trial[0]:
         raise RuntimeError(trial[0]["error"])
     # start-up and kNN take a fifth; a step costs as much as in the trial
     at_most = 8 if bench.args.small else 10**6
@@ -256,10 +257,11 @@ def measure_steps(spec: dict, emit: Callable[[dict], None]) -> None:
         for precision in spec["precisions"]:
             row = {k: spec[k] for k in ("trainer", "compiled")} | {"precision": precision}
             try:
-                emit({**row, **measure_trainer(spec, precision, seen)})
-            except (Exception, SystemExit) as error:
+                measure_trainer(spec, precision, seen, row)
+            except (Exception, SystemExit) as error:  # what was measured before stays
                 traceback.print_exc()
-                emit({**row, "error": f"{type(error).__name__}: {str(error)[:400]}"})
+                row["error"] = f"{type(error).__name__}: {str(error)[:400]}"
+            emit({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
 
 
 @contextlib.contextmanager
@@ -275,7 +277,8 @@ def pretended(folder: str | None) -> Iterator:
         yield seen
 
 
-def measure_trainer(spec: dict, precision: str, seen) -> dict:
+def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
+    """Fill `row`, one figure after the other, from steps of the trainer's loop."""
     import torch
     from accelerate.state import AcceleratorState
 
@@ -284,7 +287,7 @@ def measure_trainer(spec: dict, precision: str, seen) -> dict:
 
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision]
-    small, row = spec["small"], {}
+    small = spec["small"]
     trainer = importlib.import_module(f"trainers.{spec['trainer']}")
     cuda, begin = torch.cuda.is_available() and not seen, hub.Run.start
     warm, count = (1, 2) if small else (8, 20)
@@ -315,16 +318,18 @@ def measure_trainer(spec: dict, precision: str, seen) -> dict:
             yield from count_waits(row, steps)
             yield from count_launches(row, steps)
         elif seen:
-            before = len(seen.syncs)
-            seen.step = "counted"
+            before = len(seen.syncs), sum(ops.total() for ops in seen.ops.values())
+            seen.step = "counted"  # it counts only between the first step and the last
             yield next(steps)
-            row["waits"] = len(seen.syncs) - before
-            row["launches"] = sum(sum(ops.values()) for (step, _), ops in seen.ops.items() if step == "counted")
+            seen.step = None
+            row["waits"] = len(seen.syncs) - before[0]
+            row["launches"] = sum(ops.total() for ops in seen.ops.values()) - before[1]
         raise Done
 
     fields = trainer.Args.__dataclass_fields__
     size, batch = (16, 16) if small else (32, spec.get("batch", 256))
     network = "test_resnet" if small else "resnet18"
+    row.update(batch=batch, size=size)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(hub.Run, "start", start),
@@ -344,7 +349,6 @@ def measure_trainer(spec: dict, precision: str, seen) -> dict:
             stack.enter_context(mock.patch.object(hub, "load_teacher", lambda *_, **__: teacher))
         with contextlib.suppress(Done):
             trainer.main(trainer.Args(**{k: v for k, v in flags.items() if k in fields}))
-    return {"batch": batch, "size": size, **{k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}}
 
 
 def count_waits(row: dict, steps: Iterator[int], count: int = 3) -> Iterator[int]:
@@ -354,9 +358,11 @@ def count_waits(row: dict, steps: Iterator[int], count: int = 3) -> Iterator[int
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        for _ in range(count):
-            yield next(steps)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for _ in range(count):
+                yield next(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     waits = [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
     row.update(waits=len(waits) / count, waits_at=dict(Counter(waits).most_common(5)))
 
@@ -402,6 +408,16 @@ def cifar() -> str:
     return str(DATA / "cifar10") if importlib.util.find_spec("datasets") and (DATA / "cifar10").is_dir() else "digits"
 
 
+def unpack() -> None:
+    """Carried files are compressed, trainers read them plain."""
+    for packed in CARRIED.glob("data/cifar10/*.tsv.gz"):
+        if not packed.with_suffix("").exists():
+            beside = packed.with_suffix(".part")
+            with gzip.open(packed) as source, open(beside, "wb") as target:
+                shutil.copyfileobj(source, target)
+            beside.replace(packed.with_suffix(""))
+
+
 def photographs(folder: Path, count: int = 1280) -> Path:
     """A folder of so many names of the few photographs there are: each is decoded anew every time."""
     files = sorted((CARRIED / "data/photographs").glob("*")) or sorted((DATA / "imagenet-jpeg").glob("*"))
@@ -429,7 +445,7 @@ def pack() -> None:
     (CARRIED / "data/cifar10").mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rows = pq.read_table(DATA / f"cifar10/{split}.parquet", columns=["img", "label"]).to_pylist()
-        with open(CARRIED / f"data/cifar10/{split}.tsv", "wb") as f:
+        with gzip.open(CARRIED / f"data/cifar10/{split}.tsv.gz", "wb", compresslevel=6) as f:
             for i, row in enumerate(rows):
                 f.write(b"%d\t%d\t%s\n" % (i, row["label"], b64encode(row["img"]["bytes"])))
     shutil.copytree(DATA / "imagenet-jpeg", CARRIED / "data/photographs", dirs_exist_ok=True)
@@ -447,6 +463,7 @@ def check(bench: Bench) -> None:
     import torch
     import torchvision
 
+    unpack()
     found = torch.cuda.is_available()
     if not (found or bench.args.small or bench.args.pretend):
         raise SystemExit("no CUDA device here; --small tries everything on a CPU")
@@ -481,7 +498,7 @@ def tables(results: dict) -> str:
             name = f"| {row['trainer']} | {row.get('precision', '')}{', compiled' * row['compiled']} | "
             keys = ("step_ms", "data_ms", "launches", "waits", "peak_mib")
             cells = " | ".join(cell(row, key, 1 if key.endswith("ms") else 0) for key in keys)
-            lines.append(name + ("failed | | | | |" if "error" in row else cells + " |"))
+            lines.append(name + (cells + " |" if "step_ms" in row else "failed | | | | |"))
         lines.append("")
     if rows := parts.get("authors", {}).get("rows"):
         lines += ["| step | ours, ms | ours, fixed batch, ms | theirs, ms | times as fast |", "|---|---|---|---|---|"]
