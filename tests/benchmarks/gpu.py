@@ -91,7 +91,7 @@ class Bench:
         with open(log, "w") as f:
             child = subprocess.Popen(
                 [str(word) for word in words], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **env},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
             )  # fmt: skip
         try:
             return child.wait(max(0.1, seconds - grace))
@@ -207,7 +207,7 @@ def train(bench: Bench, method: str, folder: Path, seconds: float) -> dict:
     count = min(at_most, int(0.8 * (seconds - (time.monotonic() - began)) / (trial[0]["step_ms"] / 1e3)))
     words = [sys.executable, ROOT / "trainers" / f"{method}.py", "--config", ROOT / f"configs/{method}/{config}.toml"]
     words += ["--data", data, "--run-dir", run_dir, "--batch-size", batch, "--total-steps", max(1, count), *teacher]
-    env = {"ACCELERATE_MIXED_PRECISION": "bf16", "PYTHONUNBUFFERED": "1"}
+    env = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     left = seconds - (time.monotonic() - began)
     code = bench.process(words, left, log, grace=min(10, left / 4), **env)
     file = run_dir / "metrics.jsonl"
