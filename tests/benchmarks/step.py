@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -47,9 +46,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class TwoViews(Dataset):
     """The authors' dataset: each image opened once, then two PIL pipelines."""
 
-    def __init__(self, size: int):
-        column = pq.read_table(DATA / "cifar10/train.parquet", columns=["img"])["img"]
-        self.encoded = [row["bytes"] for row in column.to_pylist()]
+    def __init__(self, data: str, size: int):
+        source = common.open_source(data, resident=False)
+        self.encoded = [source.read(i) for i in range(len(source))]
         self.pipeline = official(size)
 
     def __len__(self) -> int:
@@ -63,7 +62,7 @@ class TwoViews(Dataset):
 def their_batches(args) -> Iterator[list[torch.Tensor]]:
     """The batches of a loader that starts over when it is through."""
     loader = DataLoader(
-        TwoViews(args.size), args.batch, shuffle=True, drop_last=True, num_workers=args.workers,
+        TwoViews(args.data, args.size), args.batch, shuffle=True, drop_last=True, num_workers=args.workers,
         pin_memory=DEVICE.type == "cuda", persistent_workers=args.workers > 0,
     )  # fmt: skip
     while True:
@@ -148,7 +147,7 @@ def run_ours(args, between: Callable[[common.Batches], Iterator[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(hub, "load_teacher", lambda *_, **__: teacher):
         with mock.patch.object(hub.Run, "start", start):
             flags = {
-                "run_dir": Path(folder), "data": str(DATA / "cifar10"), "teacher": "random", "image_size": args.size,
+                "run_dir": Path(folder), "data": args.data, "teacher": "random", "image_size": args.size,
                 "batch_size": args.batch, "group_size": 0, "bn_group_size": 0, "save_every": 10**9,
                 "num_workers": args.workers, "student": "resnet18", "backbone": "resnet18", "queue_length": QUEUE,
             }  # fmt: skip
@@ -214,6 +213,7 @@ def peak_memory(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", help=f"a trainer; the authors' step is here for {', '.join(THEIRS)}")
+    parser.add_argument("--data", default=str(DATA / "cifar10"), help="what a trainer's --data takes")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--block", type=int, default=1, help="steps of one side in a row; above --workers prefetch")
     parser.add_argument("--batch", type=int, default=256)

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -82,6 +81,8 @@ def report(title: str, seconds: dict, count: int, baselines: dict[str, tuple[str
 
 def resident(rounds: int, batch: int) -> None:
     """32 px: batches of CIFAR-10 held as uint8 against JPEG bytes in memory, opened as an image folder opens them."""
+    import pyarrow.parquet as pq  # not at the top: step.py needs only the pipeline
+
     column = pq.read_table(DATA / "cifar10/train.parquet", columns=["img"])["img"]
     encoded = [row["bytes"] for row in column.slice(0, batch * (rounds + 1)).to_pylist()]
     images = torch.stack([decode_image(torch.frombuffer(bytearray(b), dtype=torch.uint8)) for b in encoded])
