@@ -176,7 +176,7 @@ def _load_folder(path: Path, num_classes: int, image_size: int | None, facts: di
     options |= config.get("model_args") or {}
     if cfg.get("fixed_input_size") and "input_size" in cfg:
         options.setdefault("img_size", cfg["input_size"][-1])
-    backbone = _resampled(architecture, state, image_size, options)
+    backbone = _resampled(architecture, lambda network: converted(state, network), image_size, options)
     if backbone is None:
         try:
             backbone = common.create_backbone(architecture, **options)
@@ -202,15 +202,17 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise SystemExit(f"--teacher {file}: not a whole file ({reason}); fetch it again") from None
 
 
-def _resampled(architecture: str, state: dict[str, Tensor], image_size: int | None, options: dict) -> nn.Module | None:
-    """The network for images of `image_size` px with weights brought to that size, as timm does it; None if it cannot be."""
+def _resampled(
+    architecture: str, fit: Callable[[nn.Module], dict[str, Tensor]], image_size: int | None, options: dict
+) -> nn.Module | None:
+    """The network for images of `image_size` px with the weights that `fit` brings to that size; None if it cannot be."""
     options = {k: v for k, v in options.items() if k != "img_size"}
     known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture.split(".")[0]) else None
     if image_size is None or known is None or not known.fixed_input_size or options.get("dynamic_img_size"):
         return None
     try:
         backbone = common.create_backbone(architecture, image_size=image_size, say=False, **options)
-        load_strictly(backbone, converted(state, backbone), architecture)
+        load_strictly(backbone, fit(backbone), architecture)
     except (SystemExit, TypeError):
         return None
     return common.say_size(backbone, [image_size])
@@ -234,25 +236,28 @@ def _load_foreign(path: Path, named: str, num_classes: int, image_size: int | No
     facts = {**facts, "architecture": found.architecture, "format": found.layout.name}
     options = {"mean": found.layout.mean, "std": found.layout.std}
     state, projection = {**found.backbone, **found.head}, None
-    if found.layout.plain:  # what timm's own conversion of published files may know
+
+    def classifier(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+        names = _classifier_keys(network.pretrained_cfg, state) if found.layout.plain else found.head
+        return {k: state[k] for k in names}
+
+    def fit(network: nn.Module) -> dict[str, Tensor]:
+        named = converted(state, network)
+        named = name_classifier(named, network.pretrained_cfg) if found.layout.plain else named
+        unwanted = {} if num_classes else classifier(named, network)
+        return {k: v for k, v in named.items() if k not in unwanted}
+
+    if num_classes:
         with torch.device("meta"):
             empty = timm.create_model(found.architecture)
-        state = name_classifier(converted(state, empty), empty.pretrained_cfg)
-        classifier = {k: state[k] for k in _classifier_keys(empty.pretrained_cfg, state)}
-    else:
-        classifier = found.head
-    last = [v for k, v in classifier.items() if k.endswith("weight") and v.dim() == 2]
-    if num_classes:
+        last = [v for k, v in classifier(fit(empty), empty).items() if k.endswith("weight") and v.dim() == 2]
         if not last or not found.layout.plain and len(last) != 1:
             raise SystemExit(f"--teacher {path}: holds no classifier, one Linear; a labelled teacher is needed here")
         options["num_classes"] = len(last[0])
-    else:
-        state = {k: v for k, v in state.items() if k not in classifier}
-    backbone = None if found.strays else _resampled(found.architecture, state, image_size, options)
+    backbone = None if found.strays else _resampled(found.architecture, fit, image_size, options)
     if backbone is None:
         backbone = common.create_backbone(found.architecture, **options)
-        state = converted(state, backbone) if found.layout.plain else state
-        load_strictly(backbone, state, str(path), found.strays)
+        load_strictly(backbone, fit(backbone), str(path), found.strays)
         common.say_size(backbone, [image_size] if image_size else [])
     if not num_classes and not found.layout.plain:
         projection = _build_head(found.head, found.head_name, backbone.num_features, str(path))

@@ -267,7 +267,11 @@ def converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     What timm has no conversion for, or cannot convert, comes back as it is.
     """
     own = {k: v.shape for k, v in model.state_dict().items()}
-    if all(k in own and own[k] == v.shape for k, v in state.items()):
+
+    def misfits(state: dict[str, Tensor]) -> int:
+        return len(own.keys() ^ state.keys()) + sum(k in own and own[k] != v.shape for k, v in state.items())
+
+    if not misfits(state):
         return state
     modules = (timm.model_entrypoint(model.pretrained_cfg["architecture"]).__module__, type(model).__module__)
     for module in (sys.modules[name] for name in modules):
@@ -278,7 +282,7 @@ def converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if "adapt_layer_scale" in inspect.signature(convert).parameters:  # DeiT-III's files name it otherwise
             options["adapt_layer_scale"] = any(k.endswith(".gamma_1") for k in state)
         try:
-            return convert(dict(state), model, **options)
+            return min(state, convert(dict(state), model, **options), key=misfits)
         except Exception:  # not a file that it knows: the keys that do not fit are named later
             return state
     return state
