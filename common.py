@@ -42,7 +42,16 @@ from trainers.shared.boxes import (
     usable_objects,
 )
 from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
-from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD, fold_batch_norm, gather, send, set_batch_norm_groups
+from trainers.shared.networks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    fold_batch_norm,
+    gather,
+    multiply_adds,
+    send,
+    set_batch_norm_groups,
+    timm_size,
+)
 from trainers.shared.sources import (
     RESIDENT_PX,
     OtherClasses,
@@ -387,19 +396,22 @@ def eval_batches(
 def create_backbone(
     name: str,
     *,
+    image_size: int | Sequence[int] | None = None,
     small_images: bool = False,
     num_classes: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    say: bool = True,
     **kwargs,
 ) -> nn.Module:
     """A timm model, (B, 3, H, W) in [0, 1] -> (B, D) pooled features with D = `num_features`, or (B, num_classes).
 
     It normalises its own input with `mean` and `std` (default: those of its timm config), in a hook that leaves the
-    state-dict keys timm's; a network of fixed input size (ViT) also resizes. `small_images` takes the ResNet with a
-    3x3 stem of the same name (`resnet18_small`, ...). The CIFAR zoo is also known by its authors' names: `vgg13` is
-    theirs, timm's network of that name is `vgg13.tv_in1k`. `kwargs` go to `timm.create_model`. Raises SystemExit for a
-    name that timm does not know.
+    state-dict keys timm's. A network of fixed input size (ViT) is built for images of `image_size` px, the sides of the
+    views, or the nearest size that it can have (`timm_size`; None: its own), and resizes others; with `say` it says so.
+    `small_images` takes the ResNet with a 3x3 stem of the same name (`resnet18_small`, ...). The CIFAR zoo is also known
+    by its authors' names: `vgg13` is theirs, timm's network of that name is `vgg13.tv_in1k`. `kwargs` go to
+    `timm.create_model`. Raises SystemExit for a name that timm does not know.
     """
     if not kwargs.get("pretrained"):
         name = OFFICIAL_NAMES.get(name, name)
@@ -412,20 +424,44 @@ def create_backbone(
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
         raise SystemExit(f"{name}: timm has no such model; {hint}")
+    sides = [image_size] if isinstance(image_size, int) else list(image_size or ())
+    sized = timm_size(name, sides) if sides else {}
     try:
-        model = timm.create_model(name, num_classes=num_classes, **kwargs)
+        model = timm.create_model(name, num_classes=num_classes, **kwargs, **sized)
     except (OSError, RuntimeError) as error:
         if not kwargs.get("pretrained"):
             raise
+        if sized and not isinstance(error, OSError):  # published weights that timm cannot bring to another size
+            options = {"small_images": small_images, "num_classes": num_classes, "mean": mean, "std": std, **kwargs}
+            return say_size(create_backbone(name, **options), sides)
         raise SystemExit(f"timm/{name}: no pretrained weights ({first_line(error)}); check the connection") from None
     # what comes out without a classifier: MobileNetV3 pools before its last convolution and calls that num_features
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
-    config = model.pretrained_cfg
+    config, given = model.pretrained_cfg, {**kwargs, **sized}
     for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
         model.register_buffer(f"input_{key}", torch.tensor(value).view(-1, 1, 1), persistent=False)
-    model.input_side = config["input_size"][-1] if config.get("fixed_input_size") else None
+    fixed = config.get("fixed_input_size") and not given.get("dynamic_img_size")
+    model.input_side = given.get("img_size", config["input_size"][-1]) if fixed else None
+    model.model_args = {k: v for k, v in given.items() if k != "pretrained"}
     model.register_forward_pre_hook(_normalise_input)
+    return say_size(model, sides) if say else model
+
+
+def say_size(model: nn.Module, sides: Sequence[int]) -> nn.Module:
+    """Print, in a run's main process, where a network of fixed size does not simply run at its published one."""
+    name, side = model.pretrained_cfg["architecture"], model.input_side
+    own, others = model.pretrained_cfg["input_size"][-1], sorted({size for size in sides if size != side})
+    if side and sides and (others or side != own) and os.environ.get("RANK", "0") == "0":
+        what = f"takes images of {side} px, those of {' and '.join(map(str, others))} px are resized"
+        what = what if others else f"built for images of {side} px instead of {own}"
+        print(f"{name}: {what}; {multiply_adds(model, side) / 1e9:.3g} G multiply-adds an image", flush=True)
     return model
+
+
+def how_built(model: nn.Module) -> dict:
+    """The arguments with which `create_backbone` builds a network of the same sizes that normalises alike."""
+    statistics = {key: getattr(model, f"input_{key}").flatten().tolist() for key in ("mean", "std")}
+    return {**statistics, **model.model_args}
 
 
 def _normalise_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -472,9 +508,8 @@ class FeatureMaps(nn.Module):
         config, name = backbone.pretrained_cfg, backbone.pretrained_cfg["architecture"]
         try:
             if config.get("fixed_input_size"):
-                mean, std = (value.flatten().tolist() for value in (backbone.input_mean, backbone.input_std))
                 state = backbone.state_dict()
-                backbone = create_backbone(name, mean=mean, std=std, dynamic_img_size=True)
+                backbone = create_backbone(name, **{**how_built(backbone), "dynamic_img_size": True})
                 backbone.load_state_dict(state)
             with torch.no_grad():
                 maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, 256, 256), intermediates_only=True)

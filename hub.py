@@ -39,7 +39,15 @@ import common
 # Chapters that would make this file too long to read: the model card, export, the authors' own files, the run folder.
 from trainers.shared.card import contradicts, is_ours, read_json, read_licence, set_licence, write_card
 from trainers.shared.export import SUFFIXES, export
-from trainers.shared.official import HOW_TO_GET_A_TEACHER, TEACHERS, download, open_foreign
+from trainers.shared.official import (
+    HOW_TO_GET_A_TEACHER,
+    TEACHERS,
+    converted,
+    download,
+    name_classifier,
+    open_foreign,
+    read_config,
+)
 from trainers.shared.run import Run, checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,15 +72,19 @@ class Teacher(nn.Module):
         return self.backbone(x)
 
 
-def load_teacher(spec: str | Path, *, num_classes: int = 0, flag: str = "--teacher") -> Teacher:
+def load_teacher(
+    spec: str | Path, *, num_classes: int = 0, image_size: int | None = None, flag: str = "--teacher"
+) -> Teacher:
     """The teacher that `--teacher SPEC` names, on the CPU; every backbone tensor matched or an error that names it.
 
-    spec: a run folder, a release folder, an official file, "timm/NAME", a Hub id, or a name in TEACHERS. With
-    `num_classes` the network ends in its classifier. Raises SystemExit, in terms of `flag`, where there is nothing to
-    load or it does not fit; a file that would run code on loading is refused.
+    spec: a run folder, a release folder, an official file, ARCH@FILE (a timm name and a state dict), "timm/NAME", a Hub
+    id, or a name in TEACHERS. With `num_classes` the network ends in its classifier. A network of fixed input size is
+    one for images of `image_size` px, or the nearest size that it can have, where timm can resample its weights; else,
+    and where it is None, it keeps its own. Raises SystemExit, in terms of `flag`, where there is nothing to load or it
+    does not fit; a file that would run code on loading is refused.
     """
     try:
-        teacher = _load_teacher(str(spec), num_classes)
+        teacher = _load_teacher(str(spec), num_classes, image_size)
         own = getattr(teacher.backbone, "num_classes", 0)
         if num_classes and own != num_classes:
             raise SystemExit(f"--teacher {spec}: has a classifier of {own} classes, the data has {num_classes}")
@@ -81,19 +93,28 @@ def load_teacher(spec: str | Path, *, num_classes: int = 0, flag: str = "--teach
         raise SystemExit(str(error).replace("--teacher", flag)) from None
 
 
-def _load_teacher(spec: str, num_classes: int) -> Teacher:
+def _load_teacher(spec: str, num_classes: int, image_size: int | None) -> Teacher:
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _load_folder(path, num_classes, {"source": path.name})
+        return _load_folder(path, num_classes, image_size, {"source": path.name})
     if path.is_file():
-        return _load_foreign(path, num_classes, {"source": path.name, "licence": "unknown"})
+        return _load_foreign(path, "", num_classes, image_size, {"source": path.name, "licence": "unknown"})
+    architecture, at, file = spec.removeprefix("timm/").partition("@")
+    if at and (Path(file).suffix or Path(file).expanduser().exists()):
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise SystemExit(
+                f"--teacher {spec}: no file {file}; ARCH@FILE names a timm model and a file of its weights"
+            )
+        return _load_foreign(path, architecture, num_classes, image_size, {"source": path.name, "licence": "unknown"})
     if spec in TEACHERS:
         official = TEACHERS[spec]
         facts = {"source": spec, "url": official.url, "licence": official.licence}
-        return _load_foreign(download(official.url, official.md5), num_classes, facts)
+        return _load_foreign(download(official.url, official.md5), "", num_classes, image_size, facts)
     if spec.startswith("timm/") and spec.count("/") == 1:
         # None: timm's own classifier; for another number of classes it would make a random one
-        backbone = common.create_backbone(spec[5:], pretrained=True, num_classes=None if num_classes else 0)
+        options = {"num_classes": None if num_classes else 0, "image_size": image_size}
+        backbone = common.create_backbone(spec[5:], pretrained=True, **options)
         facts = {"source": spec, "licence": backbone.pretrained_cfg.get("license") or "unknown"}
         return Teacher(backbone, {**facts, "architecture": backbone.pretrained_cfg["architecture"], "format": "timm"})
     hub_id = spec.removeprefix("hf-hub:")
@@ -102,7 +123,7 @@ def _load_teacher(spec: str, num_classes: int) -> Teacher:
             folder = pull(hub_id)
         except SystemExit as error:  # a mistyped path looks like org/name
             raise SystemExit(f"--teacher {spec}: no such file or folder here, and from the Hub: {error}") from None
-        return _load_folder(folder, num_classes, {"source": f"hf-hub:{hub_id}"})
+        return _load_folder(folder, num_classes, image_size, {"source": f"hf-hub:{hub_id}"})
     close = difflib.get_close_matches(spec, TEACHERS, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise SystemExit(f"--teacher {spec}: no such file, folder or name; {hint}{HOW_TO_GET_A_TEACHER}")
@@ -114,7 +135,7 @@ def load_weights(backbone: nn.Module, spec: str, head: nn.Module | None = None) 
     A classifier of the backbone stays as it is: its classes are the new data's. A `head` gets the file's projection head
     if it holds one of the same keys and shapes; True says that it did.
     """
-    found = load_teacher(spec, flag="--init-from")
+    found = load_teacher(spec, image_size=getattr(backbone, "input_side", None), flag="--init-from")
     own = backbone.state_dict()
     fresh = {k: own[k] for k in _classifier_keys(backbone.pretrained_cfg, own)}
     load_strictly(backbone, {**fresh, **found.backbone.state_dict()}, f"--init-from {spec}")
@@ -135,29 +156,37 @@ def _classifier_keys(cfg: dict, state: dict) -> set[str]:
     return {k for k in state if k.startswith(tuple(f"{name}." for name in names))}
 
 
-def _load_folder(path: Path, num_classes: int, facts: dict) -> Teacher:
+def _load_folder(path: Path, num_classes: int, image_size: int | None, facts: dict) -> Teacher:
     """A release folder, or a run folder's release or newest checkpoint."""
     folder = next((f for f in (path, path / "release", *checkpoints(path)) if (f / "config.json").exists()), None)
     if folder is None or not (folder / "model.safetensors").exists():
         raise SystemExit(
             f"--teacher {path}: neither config.json + model.safetensors nor a run with a checkpoint in it"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        cfg, architecture = config.get("pretrained_cfg", config), config["architecture"]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise SystemExit(f"--teacher {folder / 'config.json'}: not a timm model's ({error}); fetch it again") from None
+    config = read_config(folder / "config.json")
+    cfg, architecture = config.get("pretrained_cfg", config), config["architecture"]
     own = config.get("num_classes", cfg.get("num_classes", 0)) or 0
     if num_classes and own != num_classes:
         raise SystemExit(f"--teacher {path}: has a classifier of {own} classes, the data has {num_classes}")
-    backbone = common.create_backbone(
-        architecture, num_classes=own if num_classes else 0, mean=cfg.get("mean"), std=cfg.get("std")
-    )
     state = _read_tensors(folder / "model.safetensors")
     if not num_classes and own:  # a classifier that is not wanted, under the name that timm gives it
         unwanted = _classifier_keys(cfg, state)
         state = {k: v for k, v in state.items() if k not in unwanted}
-    load_strictly(backbone, state, str(folder))
+    options = {"num_classes": own if num_classes else 0, "mean": cfg.get("mean"), "std": cfg.get("std")}
+    options |= config.get("model_args") or {}
+    if cfg.get("fixed_input_size") and "input_size" in cfg:
+        options.setdefault("img_size", cfg["input_size"][-1])
+    backbone = _resampled(architecture, lambda network: converted(state, network), image_size, options)
+    if backbone is None:
+        try:
+            backbone = common.create_backbone(architecture, **options)
+        except SystemExit as error:
+            raise SystemExit(f"--teacher {folder / 'config.json'}: {error}") from None
+        except Exception as error:  # arguments that this architecture does not take
+            reason = common.first_line(error)
+            raise SystemExit(f"--teacher {folder / 'config.json'}: builds no {architecture} ({reason})") from None
+        load_strictly(backbone, state, str(folder))
+        common.say_size(backbone, [image_size] if image_size else [])
     licence = read_licence(folder / "README.md")
     facts = {**facts, "architecture": architecture, "format": "release", "licence": licence}
     file = folder / "head.safetensors"
@@ -169,26 +198,70 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except Exception as error:  # the safetensors reader has an exception type of its own
-        raise SystemExit(f"--teacher {file}: not a whole file ({error}); fetch it again") from None
+        reason = common.first_line(error)
+        raise SystemExit(f"--teacher {file}: not a whole file ({reason}); fetch it again") from None
 
 
-def _load_foreign(path: Path, num_classes: int, facts: dict) -> Teacher:
-    """An authors' file, recognised by its keys."""
-    found = open_foreign(path)
-    if not timm.is_model(found.architecture):
-        raise SystemExit(f"{path}: its architecture {found.architecture or '(none named)'} is none that timm knows")
+def _resampled(
+    architecture: str, fit: Callable[[nn.Module], dict[str, Tensor]], image_size: int | None, options: dict
+) -> nn.Module | None:
+    """The network for images of `image_size` px with the weights that `fit` brings to that size; None if it cannot be."""
+    options = {k: v for k, v in options.items() if k != "img_size"}
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture.split(".")[0]) else None
+    if image_size is None or known is None or not known.fixed_input_size or options.get("dynamic_img_size"):
+        return None
+    try:
+        backbone = common.create_backbone(architecture, image_size=image_size, say=False, **options)
+        load_strictly(backbone, fit(backbone), architecture)
+    except (SystemExit, TypeError):
+        return None
+    return common.say_size(backbone, [image_size])
+
+
+def _load_foreign(path: Path, named: str, num_classes: int, image_size: int | None, facts: dict) -> Teacher:
+    """An authors' file, recognised by its keys; `named`: the architecture, where its user knows it."""
+    found = open_foreign(path, common.OFFICIAL_NAMES.get(named, named))
+    if not found.architecture:
+        raise SystemExit(
+            f"--teacher {path}: no key tells its architecture; name it: --teacher ARCH@{path}, where ARCH is the name of "
+            "a timm model"
+        )
+    if not timm.is_model(found.architecture.split(".")[0]):
+        if named:
+            common.create_backbone(named)  # says what is near
+        raise SystemExit(
+            f"--teacher {path}: its architecture {found.architecture} is none that timm knows; if timm has it under another "
+            f"name: --teacher ARCH@{path}"
+        )
     facts = {**facts, "architecture": found.architecture, "format": found.layout.name}
-    pixels = {"mean": found.layout.mean, "std": found.layout.std}
+    options = {"mean": found.layout.mean, "std": found.layout.std}
+    state, projection = {**found.backbone, **found.head}, None
+
+    def classifier(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+        names = _classifier_keys(network.pretrained_cfg, state) if found.layout.plain else found.head
+        return {k: state[k] for k in names}
+
+    def fit(network: nn.Module) -> dict[str, Tensor]:
+        named = converted(state, network)
+        named = name_classifier(named, network.pretrained_cfg) if found.layout.plain else named
+        unwanted = {} if num_classes else classifier(named, network)
+        return {k: v for k, v in named.items() if k not in unwanted}
+
     if num_classes:
-        last = [v for k, v in found.head.items() if k.endswith("weight") and v.dim() == 2]
-        if len(last) != 1:
+        with torch.device("meta"):
+            empty = timm.create_model(found.architecture)
+        last = [v for k, v in classifier(fit(empty), empty).items() if k.endswith("weight") and v.dim() == 2]
+        if not last or not found.layout.plain and len(last) != 1:
             raise SystemExit(f"--teacher {path}: holds no classifier, one Linear; a labelled teacher is needed here")
-        backbone = common.create_backbone(found.architecture, num_classes=len(last[0]), **pixels)
-        load_strictly(backbone, {**found.backbone, **found.head}, str(path), found.strays)
-        return Teacher(backbone, facts)
-    backbone = common.create_backbone(found.architecture, **pixels)
-    load_strictly(backbone, found.backbone, str(path), found.strays)
-    return Teacher(backbone, facts, _build_head(found.head, found.head_name, backbone.num_features, str(path)))
+        options["num_classes"] = len(last[0])
+    backbone = None if found.strays else _resampled(found.architecture, fit, image_size, options)
+    if backbone is None:
+        backbone = common.create_backbone(found.architecture, **options)
+        load_strictly(backbone, fit(backbone), str(path), found.strays)
+        common.say_size(backbone, [image_size] if image_size else [])
+    if not num_classes and not found.layout.plain:
+        projection = _build_head(found.head, found.head_name, backbone.num_features, str(path))
+    return Teacher(backbone, facts, projection)
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str, strays: list[str] | None = None) -> None:
@@ -222,19 +295,24 @@ def _build_head(state: dict[str, Tensor], name: str, width: int, where: str) -> 
     if not state:
         return None
     layers: dict[int, nn.Module] = {}
-    for i in sorted({int(part) for k in state if (part := k.split(".")[1]).isdigit()}):
+    numbers = {int(found[1]) for k in state if (found := re.fullmatch(rf"{name}\.(\d{{1,2}})\.\w+", k))}
+    for i in sorted(numbers):
         key, biased = f"{name}.{i}.weight", f"{name}.{i}.bias" in state
         if f"{name}.{i}.running_mean" in state:
             layers[i] = nn.BatchNorm1d(width, affine=key in state)
         else:
-            layers[i] = nn.Linear(width, len(state[key]) if key in state else width, bias=biased)
+            layers[i] = nn.Linear(width, _rows(state.get(key), width), bias=biased)
             width = layers[i].out_features
     if layers:
         head: nn.Module = nn.Sequential(*(layers.get(i, nn.ReLU()) for i in range(max(layers) + 1)))
     else:
-        head = nn.Linear(width, len(state.get(f"{name}.weight", [0])), bias=f"{name}.bias" in state)
+        head = nn.Linear(width, _rows(state.get(f"{name}.weight"), 1), bias=f"{name}.bias" in state)
     load_strictly(nn.ModuleDict({name: head}), state, where)
     return head
+
+
+def _rows(weight: Tensor | None, otherwise: int) -> int:
+    return otherwise if weight is None or weight.dim() == 0 else len(weight)
 
 
 def digits_teacher(run: Run) -> str:

@@ -218,10 +218,11 @@ def main(args: Args) -> dict[str, float]:
             "--teacher is missing: a labelled network with maps before the activation; train one: trainers/supervised.py "
             f"--data {args.data} --image-size {args.image_size} --backbone resnet56 --run-dir runs/resnet56"
         )
-    teacher = hub.load_teacher(args.teacher, num_classes=num_classes)
+    sizes = {"image_size": args.image_size, "num_classes": num_classes}
+    teacher = hub.load_teacher(args.teacher, **sizes)
     run.record_teacher(teacher)
     common.to_device(teacher, device)
-    backbone = common.create_backbone(args.student, small_images=args.small_images, num_classes=num_classes)
+    backbone = common.create_backbone(args.student, small_images=args.small_images, **sizes)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
     if not all(isinstance(n, common.CifarNetwork) for n in (backbone, teacher.backbone)):

@@ -129,8 +129,7 @@ class Args:
 def with_classifier(start: hub.Teacher, num_classes: int) -> tuple[nn.Module, nn.Linear]:
     """The checkpoint's network, (B, 3, H, W) -> (B, num_classes) logits, and its new classifier, as torch starts one."""
     architecture = start.facts["architecture"]
-    statistics = {k: getattr(start.backbone, f"input_{k}").flatten().tolist() for k in ("mean", "std")}
-    backbone = common.create_backbone(architecture, num_classes=num_classes, **statistics)
+    backbone = common.create_backbone(architecture, num_classes=num_classes, **common.how_built(start.backbone))
     head = backbone.get_classifier()
     missing, unexpected = backbone.load_state_dict(start.backbone.state_dict(), strict=False)
     if not isinstance(head, nn.Linear) or unexpected or len(missing) != len(head.state_dict()):
@@ -194,7 +193,7 @@ def main(args: Args) -> dict[str, float]:
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
-    start = hub.load_teacher(args.checkpoint, flag="--checkpoint")
+    start = hub.load_teacher(args.checkpoint, image_size=args.image_size, flag="--checkpoint")
     run.record_teacher(start, "checkpoint")
     backbone, head = with_classifier(start, num_classes)
     model = common.set_batch_norm_groups(backbone, args.bn_group_size, args.batch_size)

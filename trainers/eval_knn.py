@@ -223,7 +223,7 @@ def main(args: Args) -> dict[str, float]:
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
-    network = hub.load_teacher(args.checkpoint, flag="--checkpoint")
+    network = hub.load_teacher(args.checkpoint, image_size=args.image_size, flag="--checkpoint")
     if args.features == "head" and network.head is None:
         raise SystemExit(f"--features head: {args.checkpoint} holds no projection head; use --features backbone")
     facts = ", ".join(f"{key} {value}" for key, value in network.facts.items())

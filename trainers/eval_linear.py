@@ -202,7 +202,7 @@ def main(args: Args) -> dict[str, float]:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
     if not args.base_lrs or len(set(args.base_lrs)) < len(args.base_lrs):
         raise SystemExit("--base-lrs: give one learning rate or several different ones")
-    network = hub.load_teacher(args.checkpoint, flag="--checkpoint")
+    network = hub.load_teacher(args.checkpoint, image_size=args.image_size, flag="--checkpoint")
     if args.features == "head" and network.head is None:
         raise SystemExit(f"--features head: {args.checkpoint} holds no projection head; use --features backbone")
     if args.compile:

@@ -50,7 +50,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # before PyPI's common and hub
 import common
@@ -375,10 +374,8 @@ def load_probe(folder: Path, checkpoint: str, features: str) -> nn.Linear:
 def cost(network: nn.Module, size: int, runs: int, threads: int) -> dict[str, float]:
     """Parameters, multiply-adds of one image, and the median milliseconds of one image on the CPU in float32."""
     network, x = copy.deepcopy(network).cpu().float(), torch.rand(1, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
-        network(x)
     found = {"parameters": sum(p.numel() for p in network.parameters())}
-    found["multiply_adds"] = counter.get_total_flops() // 2  # torch counts both
+    found["multiply_adds"] = common.multiply_adds(network, size)
     if runs:
         before, seconds = torch.get_num_threads(), []
         torch.set_num_threads(threads)
@@ -424,7 +421,7 @@ def main(args: Args) -> dict[str, float]:
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))
-    network = hub.load_teacher(args.checkpoint, flag="--checkpoint")
+    network = hub.load_teacher(args.checkpoint, image_size=args.image_size, flag="--checkpoint")
     if args.features == "head" and network.head is None:
         raise SystemExit(f"--features head: {args.checkpoint} holds no projection head; use --features backbone")
     if args.probe and labels is None:

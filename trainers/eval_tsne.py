@@ -227,7 +227,7 @@ def main(args: Args) -> dict[str, float]:
     found = []
     # Checkpoints are what processes share: other batches would round otherwise, and t-SNE magnifies that.
     for spec in args.checkpoints[rank::world]:
-        network = common.to_device(hub.load_teacher(spec, flag="--checkpoints"), device)
+        network = common.to_device(hub.load_teacher(spec, image_size=args.image_size, flag="--checkpoints"), device)
         if args.features == "head" and network.head is None:
             raise SystemExit(f"--features head: {spec} holds no projection head; use --features backbone")
         parts = []

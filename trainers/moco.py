@@ -243,7 +243,7 @@ def main(args: Args) -> dict[str, float]:
             f"{len(source)} images of {args.data}"
         )
 
-    backbone = common.create_backbone(args.backbone, small_images=args.small_images)
+    backbone = common.create_backbone(args.backbone, image_size=args.image_size, small_images=args.small_images)
     head = create_head(args.head, backbone.num_features, args.hidden_dim, args.embedding_dim)
     if args.init_from and not hub.load_weights(backbone, args.init_from, head):
         run.say(f"--init-from {args.init_from}: no head of these shapes in it; the head starts fresh")

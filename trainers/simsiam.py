@@ -165,7 +165,7 @@ def main(args: Args) -> dict[str, float]:
         world=world,
     )
 
-    backbone = common.create_backbone(args.backbone, small_images=args.small_images)
+    backbone = common.create_backbone(args.backbone, image_size=args.image_size, small_images=args.small_images)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
     untrained = copy.deepcopy(backbone)  # on the CPU until it is reported

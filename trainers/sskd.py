@@ -305,14 +305,15 @@ def main(args: Args) -> dict[str, float]:
 
     if args.teacher is None and args.data != "digits":
         raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/supervised.py")
-    teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run), num_classes=num_classes)
+    sizes = {"image_size": args.image_size, "num_classes": num_classes}
+    teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run), **sizes)
     run.record_teacher(teacher)
     teacher_print = common.fingerprint(teacher.backbone)
     common.to_device(teacher, device)
     ssp_head = create_head(teacher.num_features)
     if args.ssp_head:
         load_head(ssp_head, args.ssp_head, teacher_print)
-    backbone = common.create_backbone(args.student, small_images=args.small_images, num_classes=num_classes)
+    backbone = common.create_backbone(args.student, small_images=args.small_images, **sizes)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
     student = Student(backbone, create_head(backbone.num_features))

@@ -144,7 +144,9 @@ def main(args: Args) -> dict[str, float]:
         world=world,
     )
 
-    backbone = common.create_backbone(args.backbone, small_images=args.small_images, num_classes=num_classes)
+    backbone = common.create_backbone(
+        args.backbone, image_size=args.image_size, small_images=args.small_images, num_classes=num_classes
+    )
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
     model = common.set_batch_norm_groups(backbone, args.bn_group_size, args.batch_size)

@@ -282,7 +282,11 @@ def main(args: Args) -> dict[str, float]:
         )
 
     backbone = common.create_backbone(
-        args.backbone, small_images=args.small_images, mean=common.IMAGENET_MEAN, std=STD
+        args.backbone,
+        image_size=[side for _, side in views],
+        small_images=args.small_images,
+        mean=common.IMAGENET_MEAN,
+        std=STD,
     )
     if args.init_from:
         hub.load_weights(backbone, args.init_from)

@@ -287,10 +287,16 @@ def main(args: Args) -> dict[str, float]:
 
     if args.teacher is None and args.data != "digits":
         raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/simsiam.py")
-    teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run))
+    teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run), image_size=args.image_size)
     run.record_teacher(teacher)
     common.to_device(teacher, device)
-    backbone = common.create_backbone(args.student, small_images=args.small_images, mean=common.IMAGENET_MEAN, std=STD)
+    backbone = common.create_backbone(
+        args.student,
+        image_size=[side for _, side in views],
+        small_images=args.small_images,
+        mean=common.IMAGENET_MEAN,
+        std=STD,
+    )
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
     untrained = copy.deepcopy(backbone)  # on the CPU until it is reported

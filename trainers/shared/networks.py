@@ -1,4 +1,9 @@
-"""Networks of our own: ResNets for small images and wide ones, BatchNorm over groups of the global batch. A chapter of common.py."""
+"""Networks of our own: ResNets for small images and wide ones, BatchNorm over groups of the global batch. A chapter of common.py.
+
+Also what a network of timm's takes and costs: its input size, its multiply-adds.
+"""
+
+from collections.abc import Sequence
 
 import timm  # noqa: F401  (registers the models that ours stand beside)
 import torch
@@ -8,7 +13,10 @@ from timm.layers import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 SMALL_GROUP = 2**22  # values; a GPU normalises fewer sooner than a call is launched (estimated from its bandwidth)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -307,3 +315,61 @@ def set_batch_norm_groups(model: nn.Module, group_size: int, batch_size: int) ->
             module.__class__ = GroupedBatchNormAct if isinstance(module, BatchNormAct2d) else GroupedBatchNorm
             module.group_size, module.share, module.process_group = group_size, share, process_group
     return model
+
+
+def timm_size(name: str, sides: Sequence[int]) -> dict:
+    """The arguments with which timm builds a network of fixed input size for square images of these sides, in px.
+
+    {} for a network that takes any, or of no other size than its own. Several sides: as they are, where the network can
+    resample its positions as it goes; else the largest. A side that the network cannot have becomes the nearest
+    multiple of its patch, or of 32.
+    """
+    config = timm.get_pretrained_cfg(name)
+    largest = max(sides)
+    if config is None or not config.fixed_input_size or set(sides) == {config.input_size[-1]}:
+        return {}
+    if len(set(sides)) > 1 and _builds(name, sides, img_size=largest, dynamic_img_size=True):
+        return {"img_size": largest, "dynamic_img_size": True}
+    with torch.device("meta"):
+        embed = getattr(timm.create_model(name, num_classes=0), "patch_embed", None)
+    patch = embed.feat_ratio() if hasattr(embed, "feat_ratio") else 1
+    tried = [max(step, step * int(largest / step + 0.5)) for step in (patch, 32)]
+    side = next((side for side in tried if _builds(name, [side], img_size=side)), config.input_size[-1])
+    return {} if side == config.input_size[-1] else {"img_size": side}
+
+
+def _builds(name: str, sides: Sequence[int], **arguments) -> bool:
+    """Whether a network can be built so and takes images of these sides; nothing is computed for it."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(name, num_classes=0, **arguments).eval()
+            return all(model(torch.empty(2, 3, side, side)).dim() == 2 for side in sides)
+    except Exception:  # each architecture says no in its own way
+        return False
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what torch has formulas for; its own counter also follows modules, which fails for some (CaiT)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, side: int) -> int:
+    """Of one image, (1, 3, side, side); attention counts as its two products, however torch computes it."""
+    training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
+    x = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused operators are not counted, or not by every version
+    try:
+        with _Operations() as counter, sdpa_kernel(SDPBackend.MATH):
+            model.eval()(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        model.train(training)
+    return counter.total // 2  # torch counts both

@@ -8,12 +8,16 @@ import collections
 import errno
 import hashlib
 import http.client
+import inspect
+import json
 import os
 import pathlib
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +26,7 @@ import safetensors.torch
 import timm
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
@@ -99,32 +103,77 @@ TEACHERS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How an authors' file names things, less every leading "module."; the first whose prefix or marker occurs is it."""
+    """How an authors' file names things, less WRAPPERS; the first whose prefix or marker occurs is it."""
 
     name: str
     prefix: str  # of the backbone's and the head's keys
     ignored: tuple[str, ...] = ()  # what else the file may hold
-    marker: str = ""  # where the prefix alone does not tell
+    marker: str | tuple[str, ...] = ""  # where the prefix alone does not tell
+    plain: bool = False  # the network alone: what is left over is its classifier
     mean: tuple[float, float, float] | None = common.IMAGENET_MEAN  # that its network was trained with;
     std: tuple[float, float, float] | None = common.IMAGENET_STD  # None: the architecture's own
 
 
+# The tensors lie under one of these, in a dictionary in a dictionary at worst; the averaged ones first, as timm takes them.
+CONTAINERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "teacher",
+    "ema_state_dict",
+    "ema",
+)
+CONTAINERS += (
+    "ema_model",
+    "model_state",
+    "network",
+    "net",
+    "module",
+    "encoder",
+    "backbone",
+    "weights",
+    "params",
+    "student",
+)
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # DataParallel, torch.compile, users' own modules
+INNER_WRAPPERS = (*WRAPPERS, "backbone.", "encoder.", "online_encoder.", "feature_extractor.")
+
+_SOLO = ("momentum_", "projector.", "predictor.", "classifier.", "prototypes.", "queue", "head.")
+_LIGHTLY = (
+    "projection_head",
+    "prediction_head",
+    "backbone_momentum.",
+    "student_",
+    "teacher_head.",
+    "online_classifier.",
+)
+_LIGHTLY += ("momentum_", "prototypes.", "queue", "criterion.", "fc.")
 _SWAV_STD = (0.228, 0.224, 0.225)  # src/multicropdataset.py there; 0.228 in the evaluation too
 LAYOUTS = (
+    Layout("lightly", "backbone.", _LIGHTLY, marker=("projection_head.layers.", "backbone_momentum.", "backbone.0.")),
+    Layout("solo-learn", "backbone.", _SOLO, marker=("projector.", "momentum_projector.", "momentum_backbone.")),
+    Layout("solo-learn", "encoder.", _SOLO, marker="momentum_encoder."),  # its older releases
+    Layout("lightly", "teacher_backbone.", _LIGHTLY, marker="teacher_backbone."),
     Layout("SEED", "student.", ("teacher.", "queue", "small_queue")),
     Layout("MoCo", "encoder_q.", ("encoder_k.", "teacher_encoder_", "queue")),  # DisCo's students too
     Layout("SimSiam", "encoder.", ("predictor.",)),  # SMD's students too
     Layout("SwAV", "", ("prototypes.",), marker="projection_head.", std=_SWAV_STD),  # DeepCluster-v2 and SeLa-v2 too
-    Layout("DINO", "backbone.", ("head.",)),  # a head with GELUs that no method here distils
+    Layout(
+        "DINO", "backbone.", ("head.",), marker=("head.mlp.", "head.last_layer.")
+    ),  # a head with GELUs that no method here distils
     Layout("torchvision", ""),
 )
 CIFAR = Layout("CIFAR", "", mean=None, std=None)  # SSKD's and RepDistiller's teachers, recognised by their shapes
-HEADS = ("projection_head", "fc", "classifier", "linear")
+HEADS = ("projection_head", "fc", "_fc", "classifier", "linear", "head")
+PLAIN = Layout("state dict", "", mean=None, std=None, plain=True)
 # What the authors call a network of timm's.
 ALIASES = {"efficientb0": "efficientnet_b0", "efficientb1": "efficientnet_b1", "mobilenetv3": "mobilenetv3_large_100"}
 
 HOW_TO_GET_A_TEACHER = (
-    "--teacher takes a run or release folder, an official .pth.tar file, timm/NAME (e.g. timm/resnet50), a Hub id "
+    "--teacher takes a run or release folder, an official .pth.tar file, ARCH@FILE (a timm name and a .pth or .safetensors "
+    "file of its weights), timm/NAME (e.g. timm/resnet50), a Hub id "
     "(org/name), or a name that python hub.py list shows (e.g. simsiam_r50_100ep)"
 )
 
@@ -141,23 +190,37 @@ class Foreign:
     strays: list[str]  # keys that the layout does not have
 
 
-def open_foreign(path: Path) -> Foreign:
-    """An authors' file, recognised by its keys. Raises SystemExit with the remedy if it is none."""
+def open_foreign(path: Path, named: str = "") -> Foreign:
+    """An authors' file, recognised by its keys; `named` is its architecture where they do not tell it.
+
+    Raises SystemExit with the remedy if it is none.
+    """
     content = read_foreign(path)
     layout, state = _recognise(content, path)
-    if zoo := _zoo_name(state):
-        layout, state = CIFAR, {_plain(k): v for k, v in state.items()}
+    if (zoo := _zoo_name(state)) and named in ("", zoo):
+        layout, state, named = CIFAR, {_plain(k): v for k, v in state.items()}, zoo
     state = {k: v for k, v in state.items() if not k.startswith(layout.ignored)}
     backbone = {k[len(layout.prefix) :]: v for k, v in state.items() if k.startswith(layout.prefix)}
+    strays = [k for k in state if not k.startswith(layout.prefix)]
+    backbone, more = _unwrapped(backbone, INNER_WRAPPERS)
+    strays += more
+    if layout.name == "lightly" and "0.weight" in backbone:  # nn.Sequential(*list(resnet.children())[:-1])
+        backbone = {re.sub(r"^[01]\.|^[4-7]\.", lambda found: _RESNET[found[0]], k): v for k, v in backbone.items()}
     head_name = next((name for name in HEADS if any(k.startswith(f"{name}.") for k in backbone)), HEADS[0])
     head = {k: backbone.pop(k) for k in list(backbone) if k.startswith(f"{head_name}.")}
-    architecture = zoo or str(content.get("arch", "")) or _resnet_name(backbone)
+    architecture = named or str(content.get("arch", "")) or _resnet_name(backbone)
     architecture = ALIASES.get(architecture, architecture)
     if "_conv_stem.weight" in backbone:
-        architecture = f"tf_{architecture}"  # the authors' EfficientNets pad and normalise as TensorFlow's do
+        # the authors' EfficientNets pad and normalise as TensorFlow's do
+        architecture = f"tf_{architecture.removeprefix('tf_')}" if architecture else ""
         backbone = _timm_efficientnet(backbone)
-    strays = [k for k in state if not k.startswith(layout.prefix)]
+    projects = any(re.match(rf"{head_name}\.\d", k) for k in head)
+    if layout.name in ("torchvision", "SimSiam") and not projects and (named or not architecture.startswith("resnet")):
+        layout = PLAIN
     return Foreign(layout, architecture, backbone, head_name, head, strays)
+
+
+_RESNET = {"0.": "conv1.", "1.": "bn1.", **{f"{i + 3}.": f"layer{i}." for i in (1, 2, 3, 4)}}
 
 
 def _recognise(content: dict, path: Path) -> tuple[Layout, dict[str, Tensor]]:
@@ -172,12 +235,136 @@ def _recognise(content: dict, path: Path) -> tuple[Layout, dict[str, Tensor]]:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise SystemExit(f"{path}: not VISSL's layout of a ResNet with an MLP head ({error!r})") from None
         return Layout("VISSL", ""), state
-    key = next((k for k in ("state_dict", "model", "teacher") if isinstance(content.get(k), dict)), None)
-    tensors = {k: v for k, v in (content[key] if key else content).items() if isinstance(v, Tensor)}
-    state = {re.sub(r"^(module\.)+", "", k): v for k, v in tensors.items()}
-    if not state:
+    for _ in range(4):
+        if (inner := next((content[k] for k in CONTAINERS if isinstance(content.get(k), dict)), None)) is None:
+            break
+        content = inner
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor) and k != "n_averaged"}
+    if not tensors:
         raise SystemExit(f"{path}: holds no tensors; {HOW_TO_GET_A_TEACHER}")
-    return next(x for x in LAYOUTS if any(k.startswith(x.marker or x.prefix) for k in state)), state
+    state = {re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", k): v for k, v in tensors.items()}
+    while wrapper := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)), None):
+        state = {k.removeprefix(wrapper): v for k, v in state.items()}
+    return next(x for x in LAYOUTS if all(any(k.startswith(p) for k in state) for p in (x.prefix, x.marker))), state
+
+
+def _unwrapped(state: dict[str, Tensor], wrappers: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str]]:
+    """A network's tensors without the modules around it, of which most keys tell, and the keys that lie outside."""
+    strays = []
+    while True:
+        counts = {w: sum(k.startswith(w) for k in state) for w in wrappers}
+        wrapper = max(counts, key=counts.get)
+        if 2 * counts[wrapper] <= len(state):
+            return state, strays
+        heads = tuple(f"{name}." for name in HEADS)
+        strays += [k for k in state if not k.startswith((wrapper, *heads))]
+        state = {k.removeprefix(wrapper): v for k, v in state.items() if k.startswith((wrapper, *heads))}
+
+
+def converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict by timm's names and at the sizes of a network of its, as timm itself converts published files.
+
+    What timm has no conversion for, or cannot convert, comes back as it is.
+    """
+    own = {k: v.shape for k, v in model.state_dict().items()}
+
+    def misfits(state: dict[str, Tensor]) -> int:
+        return len(own.keys() ^ state.keys()) + sum(k in own and own[k] != v.shape for k, v in state.items())
+
+    if not misfits(state):
+        return state
+    modules = (timm.model_entrypoint(model.pretrained_cfg["architecture"]).__module__, type(model).__module__)
+    for module in (sys.modules[name] for name in modules):
+        convert = getattr(module, "checkpoint_filter_fn", None)
+        if convert is None:
+            continue
+        options = {}
+        if "adapt_layer_scale" in inspect.signature(convert).parameters:  # DeiT-III's files name it otherwise
+            options["adapt_layer_scale"] = any(k.endswith(".gamma_1") for k in state)
+        try:
+            return min(state, convert(dict(state), model, **options), key=misfits)
+        except Exception:  # not a file that it knows: the keys that do not fit are named later
+            return state
+    return state
+
+
+def name_classifier(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """A plain state dict whose classifier, one Linear of another usual name, has timm's name."""
+    wanted = config.get("classifier")
+    if not isinstance(wanted, str) or f"{wanted}.weight" in state:
+        return state
+    for name in HEADS:
+        if f"{name}.weight" in state:
+            renamed = {f"{name}.{kind}": f"{wanted}.{kind}" for kind in ("weight", "bias")}
+            return {renamed.get(k, k): v for k, v in state.items()}
+    return state
+
+
+# What timm.create_model or we take beside a network's own arguments: a file that somebody else wrote does not set it.
+NOT_OF_A_MODEL = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"}
+NOT_OF_A_MODEL |= {
+    "cache_dir",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "features_only",
+    "in_chans",
+    "num_classes",
+    "mean",
+}
+NOT_OF_A_MODEL |= {"std", "say", "image_size", "small_images", "device", "dtype"}
+
+
+def read_config(file: Path) -> dict:
+    """A release's or a timm model's config.json, whole and sane. Raises SystemExit with one line that names the file."""
+
+    def number(value, least: float, most: float, whole: bool = True) -> bool:
+        kinds = int if whole else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
+
+    def side(value) -> bool:
+        return number(value, 1, 8192) or isinstance(value, list) and len(value) == 2 and all(map(side, value))
+
+    def three(value, least: float, most: float) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(number(v, least, most, False) for v in value)
+
+    def names(value) -> bool:
+        return isinstance(value, str) or isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+    def simple(key: str, value) -> bool:
+        if key.endswith("_size"):
+            return side(value) or isinstance(value, bool)
+        if isinstance(value, list):
+            return len(value) <= 16 and all(simple(key, v) for v in value)
+        return isinstance(value, str | bool | None) or number(value, -1024, 1024, False)
+
+    rules = {
+        "architecture": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]{1,200}", v),
+        "num_classes": lambda v: number(v, 0, 1_000_000),
+        "input_size": lambda v: isinstance(v, list) and len(v) == 3 and v[0] == 3 and v[1] == v[2] and number(v[1], 1, 8192),
+        "fixed_input_size": lambda v: isinstance(v, bool),
+        "mean": lambda v: three(v, -1000, 1000),
+        "std": lambda v: three(v, 1e-6, 1000),
+        "classifier": lambda v: v is None or names(v),
+        "model_args": lambda v: isinstance(v, dict) and not set(v) & NOT_OF_A_MODEL and all(simple(k, x) for k, x in v.items()),
+    }  # fmt: skip
+    try:
+        text = file.read_text(encoding="utf-8") if file.stat().st_size < 1 << 20 else "longer than 1 MiB"
+        config = json.loads(text)
+        cfg = config.get("pretrained_cfg", config)
+        wrong = "pretrained_cfg" if not isinstance(cfg, dict) else ""
+        for key, rule in rules.items():
+            given = [part[key] for part in (config, cfg) if isinstance(part, dict) and key in part]
+            if not all(map(rule, given)) or key == "architecture" and key not in config:
+                wrong = wrong or key
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise SystemExit(
+            f"--teacher {file}: not a timm model's ({common.first_line(error)}); fetch it again"
+        ) from None
+    if wrong:
+        value = json.dumps(config.get(wrong, (cfg or {}).get(wrong) if isinstance(cfg, dict) else None))[:40]
+        raise SystemExit(f"--teacher {file}: not a timm model's: {wrong} {value}; mend or fetch it again")
+    return config
 
 
 def _timm_efficientnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,6 +442,11 @@ def read_foreign(path: Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):  # torch compresses nothing: what is announced lies in the file
+            with zipfile.ZipFile(path) as archive:
+                announced = sum(entry.file_size for entry in archive.infolist())
+            if announced > 2 * path.stat().st_size + (1 << 20):
+                raise ValueError(f"unpacks to {announced / 1e9:.3g} GB")
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its reader meets first

@@ -381,13 +381,14 @@ def save_backbone(
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     cfg = backbone.pretrained_cfg
     num_classes = getattr(backbone, "num_classes", 0)
+    side = getattr(backbone, "input_side", None)  # of a network that takes no other: timm builds it for input_size
     config = {
         "architecture": cfg["architecture"],
         "num_classes": num_classes,
         "num_features": backbone.num_features,
         "pretrained_cfg": {
-            "input_size": [3, image_size, image_size],
-            "fixed_input_size": bool(cfg.get("fixed_input_size")),
+            "input_size": [3, side or image_size, side or image_size],
+            "fixed_input_size": side is not None,
             "interpolation": interpolation,
             "crop_pct": crop_pct or (1.0 if image_size <= common.RESIDENT_PX else 0.875),
             "mean": backbone.input_mean.flatten().tolist(),
@@ -398,6 +399,8 @@ def save_backbone(
             "classifier": cfg.get("classifier"),
         },
     }
+    if model_args := getattr(backbone, "model_args", None):
+        config["model_args"] = model_args
     if hasattr(backbone, "started_from"):
         config["started_from"] = backbone.started_from
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
