@@ -81,9 +81,9 @@ def fit_to_data(args, source: Source, run, queries: Source | None = None):
 
     It says too what opening the data found. Flags that were given stay as they are, for the checks that refuse them.
     """
-    for opened in (source, queries):
-        for note in opened.notes if opened is not None else ():
-            run.say(f"data: {note}")
+    notes = [note for opened in (source, queries) if opened is not None for note in opened.notes]
+    for note in dict.fromkeys(notes):
+        run.say(f"data: {note}")
     if source.no_labels:
         run.say(f"data: {'no labels: ' * (source.labels is None)}{source.no_labels}")
     processes = run.accelerator.num_processes

@@ -35,12 +35,14 @@ def split_word(name: str) -> str:
 
 
 def pick_split(names: Sequence[str], role: str, split: str, data: str) -> str | None:
-    """The split to open: the one asked for, else the usual names; a single split serves training only."""
+    """The split to open: the one asked for, else the usual names; a single split, of any name, serves training only."""
     if split:
         if split not in names:
             flag = "--split" if role == "train" else "--query-split"
             raise SystemExit(f"{flag} {split}: {data} has {', '.join(names) or 'no splits'}")
         return split
+    if role == "eval" and len(names) == 1:
+        return None
     found = [name for wanted in SPLITS[role] for name in names if name == wanted]
     found = found or [name for wanted in SPLITS[role] for name in names if split_word(name) == wanted]
     if not found and role == "train" and len(names) > 1:
@@ -88,8 +90,8 @@ def walk(root: Path) -> Iterator[tuple[str, str]]:
         else:
             links.sort(reverse=True)  # of two links to one folder the first by name counts, on every machine
             folder = links.pop()
-        real = os.path.realpath(folder)
-        if real in seen:
+        real, there = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        if real in seen or there.startswith(f"{real}{os.sep}"):
             yield "known", folder
             continue
         seen.add(real)
@@ -188,6 +190,8 @@ def choose_folder(path: Path, role: str, split: str, train_split: str) -> tuple[
             return None, [], ""
         raise SystemExit(verdict)
     chosen = pick_split([folder.name for folder in named], role, "", str(path))
+    if role == "eval" and chosen == train_split:
+        chosen = None
     line = f"{path}: {listed} are splits" if others or place != path else ""
     line += f", {', '.join(folder.name for folder in others)} too" if others else ""
     return (None if chosen is None else place / chosen), [f for f in named if f.name != chosen], line
@@ -213,9 +217,10 @@ def _verdict(path: Path, place: Path, named: list[Path], others: list[Path], wor
         return "splits"
     if not nested and len(roles) == 1 and not any(inner[folder] for folder in others):
         return "classes"
+    named = sorted(named, key=lambda folder: words[folder] not in SPLITS["train"])
     listed, rest = (", ".join(folder.name for folder in group[:4]) for group in (named, others))
     return (
-        f"--data {path}: is {listed} a split or a class, with {rest} beside it? "
+        f"--data {path}: {listed}: splits or classes? {rest} stand{'s' * (len(others) == 1)} beside. "
         f"--split {named[0].name} opens it as a split, --split . takes every folder for a class"
     )
 

@@ -419,7 +419,9 @@ def _line_offsets(index: Path, file: Path) -> np.ndarray:
     except (OSError, ValueError, OverflowError):
         whole = False
     if not whole:
-        raise SystemExit(f"--data {file}: {index.name} does not hold the offsets of all its lines; delete {index}")
+        raise SystemExit(
+            f"--data {file}: {index.name} does not hold the offsets of all its lines; delete {index.name}"
+        )
     return offsets
 
 
