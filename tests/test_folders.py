@@ -71,6 +71,7 @@ ASKED = {
     "a split beside a class": {"train": CD, "bus": ()},
     "classes of classes": {"train": ("diesel", "steam"), "bus": ("city", "school")},
     "train, test and another": {"train": (), "test": (), "bus": ()},
+    "pictures and their masks": {"train_images": (), "bus": ()},
 }
 
 
@@ -78,11 +79,19 @@ ASKED = {
 def test_a_folder_that_may_be_either_is_asked_about_and_split_answers(tmp_path, layout):
     tree(tmp_path, **ASKED[layout])
     message = stop_message(opened, tmp_path)
-    assert "--split train" in message and "--split ." in message and "bus" in message
-    below, count, classes, _ = answer(tmp_path, split="train")
-    assert below == "train" and count == len(opened(tmp_path / "train"))
+    name = next(name for name in ASKED[layout] if name.startswith("train"))
+    assert f"--split {name}" in message and "--split ." in message and "bus" in message
+    below, count, classes, _ = answer(tmp_path, split=name)
+    assert below == name and count == len(opened(tmp_path / name))
     below, count, classes, queries = answer(tmp_path, split=".")
     assert (below, classes, queries) == (".", sorted(ASKED[layout]), None)
+
+
+def test_images_beside_a_folder_called_test_are_not_passed_over(tmp_path):
+    write_images(tree(tmp_path, test=()), 6, 8, ())
+    message = stop_message(opened, tmp_path)
+    assert "--split test" in message and "images" in message
+    assert answer(tmp_path, split=".") == (".", 8, [], None) and answer(tmp_path, split="test")[:2] == ("test", 2)
 
 
 def test_folders_that_hold_splits_of_their_own_are_asked_about(tmp_path):
@@ -112,6 +121,7 @@ def test_links_are_followed_once_and_never_upwards(tmp_path):
     root = tree(tmp_path / "loop", train=CD, val=CD)
     os.symlink("../..", root / "train" / "cat" / "up")
     os.symlink("dog", root / "train" / "hound")
+    os.symlink("itself", root / "train" / "itself")
     assert answer(root) == ("train", 4, ["cat", "dog"], "val") and "skipped 2 links" in opened(root).notes[0]
     (tmp_path / "links").mkdir()
     for name in CD:

@@ -95,19 +95,29 @@ def walk(root: Path) -> Iterator[tuple[str, str]]:
             yield "known", folder
             continue
         seen.add(real)
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise SystemExit(f"--data {root}: {folder} cannot be read ({error.strerror})") from None
-        for entry in entries:
+        for entry in _entries(folder):
             if is_clutter(entry.name):
                 yield "clutter", entry.path
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 (links if entry.is_symlink() else todo).append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 yield "image", entry.path
             elif entry.name.lower() in METADATA:
                 yield "table", entry.path
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry]:
+    try:
+        yield from os.scandir(folder)
+    except OSError as error:
+        raise SystemExit(f"--data {folder}: cannot be read ({error.strerror})") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def look(root: Path) -> Found:
@@ -128,10 +138,7 @@ def has_images(root: Path) -> bool:
 
 def subfolders(folder: Path) -> list[Path]:
     """The folders in a folder that hold images, in them or below, by name."""
-    try:
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and not is_clutter(path.name))
-    except OSError as error:
-        raise SystemExit(f"--data {folder}: cannot be read ({error.strerror})") from None
+    below = [Path(entry.path) for entry in _entries(folder) if not is_clutter(entry.name) and _is_folder(entry)]
     real, above = set(), {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
     kept = []
     for path in sorted(below, key=lambda path: (path.is_symlink(), path)):
@@ -157,7 +164,8 @@ def choose_folder(path: Path, role: str, split: str, train_split: str) -> tuple[
 
     The rule. Folders that hold no images do not count, nor does a folder that is alone (images/ in images/train). Then
     1. folders called train, val, test and the like, and no others, are splits;
-    2. others beside them, and all hold images and no folders: they are all classes, a class may well be called train;
+    2. others beside them, all hold images and no folders, and a train or a val is there but not both: they are all
+       classes, a class may well be called train;
     3. others beside them, but a train and a val or test are there, or a folder has class folders of the same names as
        one beside it: these, with class folders of their own, are splits;
     4. anything else stops with a line that asks. `--split NAME` opens that folder, `--split .` says there are no splits.
@@ -174,7 +182,8 @@ def choose_folder(path: Path, role: str, split: str, train_split: str) -> tuple[
         named = [folder for folder in below if folder in named or words[folder] in MORE_SPLITS]
     others = [folder for folder in below if folder not in named]
     if split:
-        every = [folder.name for folder in place.iterdir() if folder.is_dir() and not is_clutter(folder.name)]
+        place = path if (path / split).is_dir() else place
+        every = [entry.name for entry in _entries(place) if not is_clutter(entry.name) and _is_folder(entry)]
         chosen = place / pick_split(sorted(every), role, split, str(path))
         return chosen, [folder for folder in below if folder != chosen], ""
     verdict, listed = _verdict(path, place, named, others, words), ", ".join(folder.name for folder in named)
@@ -199,9 +208,14 @@ def choose_folder(path: Path, role: str, split: str, train_split: str) -> tuple[
 
 def _verdict(path: Path, place: Path, named: list[Path], others: list[Path], words: dict[Path, str]) -> str:
     """ "splits", "classes" or "none" of `choose_folder`'s rule, or the question that it asks."""
-    inner = {folder: {each.name for each in subfolders(folder)} for folder in named + others}
+    roles = {role for role, usual in SPLITS.items() for folder in named if words[folder] in usual}
+    if named and not others and ("train" in roles or not images_in(place)):
+        return "splits"
+    # twenty folders tell what the others are like: a data set of many classes is not listed once more
+    inner = {folder: {each.name for each in subfolders(folder)} for folder in named + others[:20]}
     if not named:
         splits = sum(SPLITS.values(), ())
+        others = others[:20]
         holders = [f for f in others if inner[f] and all(split_word(name) in splits for name in inner[f])]
         if holders:
             some = ", ".join(folder.name for folder in holders[:3])
@@ -209,18 +223,16 @@ def _verdict(path: Path, place: Path, named: list[Path], others: list[Path], wor
                 f"--data {path}: {some} hold splits of their own; give one, --data {holders[0]}, or all with --split ."
             )
         return "none"
-    if not others:
-        return "splits"
-    roles = {role for role, usual in SPLITS.items() for folder in named if words[folder] in usual}
     nested = [folder for folder in named if inner[folder]]
-    if nested and (len(roles) == 2 or any(inner[a] & inner[b] for a in nested for b in others)):
+    if nested and (len(roles) == 2 or any(inner[a] & inner[b] for a in nested for b in others[:20])):
         return "splits"
-    if not nested and len(roles) == 1 and not any(inner[folder] for folder in others):
+    plain = all(folder.name.lower() == words[folder] for folder in named)  # train_images is no class
+    if plain and others and not nested and len(roles) == 1 and not any(inner[folder] for folder in others[:20]):
         return "classes"
     named = sorted(named, key=lambda folder: words[folder] not in SPLITS["train"])
     listed, rest = (", ".join(folder.name for folder in group[:4]) for group in (named, others))
     return (
-        f"--data {path}: {listed}: splits or classes? {rest} stand{'s' * (len(others) == 1)} beside. "
+        f"--data {path}: is {listed} a split or a class? Beside it: {rest or 'images'}. "
         f"--split {named[0].name} opens it as a split, --split . takes every folder for a class"
     )
 
@@ -263,7 +275,7 @@ def tables_above(folder: Path, root: Path) -> list[str]:
 
 
 def read_metadata(file: str) -> tuple[dict[str, dict], list[str]]:
-    """A metadata.csv, .jsonl or .parquet as `datasets` has it: ({image's real path: its row}, the columns).
+    """A metadata.csv, .jsonl or .parquet as `datasets` has it: ({image's path: its row}, the columns).
 
     ({}, columns) where no column is called file_name. Raises SystemExit for a file that is not what its name says.
     """
@@ -283,7 +295,7 @@ def read_metadata(file: str) -> tuple[dict[str, dict], list[str]]:
         if key is None:
             return {}, columns
         folder = os.path.dirname(file)
-        table = {os.path.realpath(os.path.join(folder, row[key])): row for row in rows if row.get(key)}
+        table = {os.path.normpath(os.path.join(folder, row[key])): row for row in rows if row.get(key)}
         return table, [name for name in columns if name != key]
     except (OSError, ValueError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         raise SystemExit(f"--data {file}: not a table of file names ({first_line(error)})") from None

@@ -348,7 +348,7 @@ def _metadata_labels(files: list[str], tables: list[str], column: str) -> Labels
             [],
             f"{tables[0]} has no column {LABEL_COLUMNS[0]}; name one with --label-column: {', '.join(columns)}",
         )
-    values = [rows.get(os.path.realpath(file), {}).get(column) for file in files]
+    values = [rows.get(os.path.normpath(file), {}).get(column) for file in files]
     return read_labels(_as_numbers(values), f"{column} of {os.path.basename(tables[0])}")
 
 
