@@ -144,6 +144,7 @@ STRAY = {
     "labels.csv": "id,breed\n1,x\n",
     "annotations.json": '{"images": []}',
     "metadata.tsv": "file\tlabel\tkind\na.jpg\tcat\tx\n",
+    "checksums.tsv": f"a.jpg\tcat\t{'0a' * 32}\n",
     "notes.jsonl": '{"a": 1}\n',
     "metadata.csv": "id,breed\n1,x\n",
 }

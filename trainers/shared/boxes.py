@@ -22,7 +22,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from trainers.shared.folders import first_line, is_clutter
 from trainers.shared.sources import MAX_PIXELS, Source, _read_file, open_dataset
-from trainers.shared.tables import open_table
+from trainers.shared.tables import named_config, open_table
 
 # By a split's own name, without folder and year; VOC's val is part of its trainval.
 SPLITS = {"train": ("trainval", "train", "training"), "eval": ("test", "val", "validation", "valid", "testing")}
@@ -86,6 +86,7 @@ def open_objects(
         raise SystemExit(
             "--data is missing: a folder in PASCAL VOC's or COCO's layout, or a datasets layout with a column of objects"
         )
+    data, config = named_config(data, config)
     path = Path(data).expanduser()
     voc, coco = _voc_splits(path), _coco_splits(path)
     if config and (voc or coco):

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Labels = tuple[
-    Tensor | None, Sequence[str], str
-]  # (N,) long with -1 for "no label", names of the classes, what is amiss
+# (N,) long with -1 for "no label", or None; the classes' names; why there are none or what is missing
+Labels = tuple[Tensor | None, Sequence[str], str]
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # what a column of labels is usually called
 NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
 
@@ -61,8 +60,5 @@ def _numbered(values: Sequence, order: Sequence, names: Sequence[str], what: str
     missing = int((labels < 0).sum())
     if missing == len(values):
         return None, [], f"{what} holds no label at all"
-    return (
-        labels,
-        names,
-        f"{missing} of {len(values)} labels in {what} are missing (null, NaN or -1)" if missing else "",
-    )
+    line = f"{missing} of {len(values)} labels in {what} are missing (null, NaN or -1)" if missing else ""
+    return labels, names, line

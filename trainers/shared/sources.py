@@ -25,7 +25,7 @@ from torchvision.io import ImageReadMode, decode_image
 from trainers.shared import folders
 from trainers.shared.folders import first_line, is_clutter, pick_split
 from trainers.shared.labels import LABEL_COLUMNS, Labels, read_labels
-from trainers.shared.tables import card_licence, column_labels, may_hold_images, open_table
+from trainers.shared.tables import card_licence, column_labels, may_hold_images, named_config, open_table
 
 RESIDENT_PX = 96  # images up to this side are decoded once and kept in memory
 MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit, a quarter of a gigabyte of grey
@@ -152,6 +152,7 @@ def open_source(
     `resident=False`; one of more than `max_pixels` is unreadable. Labels that cannot be used are none, `no_labels` says
     why. Raises SystemExit with the remedy if there are no images, no such split, column or configuration.
     """
+    data, config = named_config(data, config)
     path = Path(data).expanduser()
     kind = "digits" if data == "digits" else _kind(path)
     if config and kind != "table":
@@ -279,12 +280,13 @@ def _tsv_files(path: Path) -> list[Path]:
 
 
 def _is_seeds(file: Path) -> bool:
-    """Whether a .tsv is of SEED's format: an index beside it, or a first line that ends in the base64 of an image."""
+    """Whether a .tsv is of SEED's format: an index beside it, or a first line that ends in an image's base64."""
     if file.with_suffix(".lineidx").exists():
         return True
     with open(file, "rb") as f:
         fields = f.readline(1 << 26).rstrip(b"\r\n").split(b"\t")
-    return len(fields) > 2 and re.fullmatch(rb"[A-Za-z0-9+/]{32,}=*", fields[-1]) is not None
+    begins = (b"/9j/", b"iVBORw", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0A")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+    return len(fields) > 2 and fields[-1].startswith(begins)
 
 
 def _open_folder(path: Path, role: str, split: str, train_split: str, label_column: str) -> Source | None:
@@ -453,7 +455,7 @@ def open_dataset(
     if isinstance(columns[image_column], datasets.Image):
         names = partial(_row_paths, raw, image_column)
     return Source(
-        data,
+        f"{data}:{config}" if config else data,
         len(raw),
         read,
         labels=labels,

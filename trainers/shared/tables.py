@@ -13,12 +13,8 @@ def open_table(data: str, role: str, split: str, config: str = ""):
     import datasets  # takes a second: only runs that use it pay
 
     datasets.disable_progress_bars()
-    path, shards = Path(data).expanduser(), []
-    if not path.exists():
-        shards = _matching(path)
-        if not shards and ":" in data and not config:
-            data, _, config = data.rpartition(":")
-            path = Path(data).expanduser()
+    path = Path(data).expanduser()
+    shards = [] if path.exists() else _matching(path)
     local = path.exists() or bool(shards)
     if not local and (data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1 or glob.has_magic(data)):
         raise SystemExit(f"--data {data}: no such file or folder")
@@ -46,6 +42,15 @@ def open_table(data: str, role: str, split: str, config: str = ""):
     elif role == "eval" or split:
         return pick_split((), role, split, data)  # None, or the error that there are no splits
     return opened
+
+
+def named_config(data: str, config: str) -> tuple[str, str]:
+    """("org/name", "small") of org/name:small, unless a file or folder is called so or a configuration is given."""
+    path = Path(data).expanduser()
+    if config or ":" not in data or path.exists() or _matching(path):
+        return data, config
+    data, _, config = data.rpartition(":")
+    return data, config
 
 
 def _matching(pattern: Path) -> list[str]:
