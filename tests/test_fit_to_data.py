@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import os
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -57,6 +59,14 @@ def test_forty_pictures_train_at_the_first_attempt(forty, teacher, tmp_path, cap
     for name in changed:
         assert said[0].startswith("fitted to 40 images") and f"--{name.replace('_', '-')} " in said[0]
     assert flags.get("batch_size", 40) == 40 and flags.get("queue_length", 0) in (0, 40)
+
+
+def test_what_is_said_of_names_that_are_not_utf8_loses_no_run(forty, teacher, tmp_path, capsys):
+    shutil.copytree(forty, tmp_path / "data")
+    with open(os.fsencode(tmp_path / "data" / "train") + b"/.caf\xe9.png", "wb") as file:
+        file.write(b"x")
+    run("simsiam", tmp_path / "data", teacher, tmp_path / "run")
+    assert "skipped 1 hidden or system files and folders (.caf\\udce9.png)" in capsys.readouterr().out
 
 
 GIVEN = {

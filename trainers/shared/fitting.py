@@ -82,10 +82,10 @@ def fit_to_data(args, source: Source, run, queries: Source | None = None):
     It says too what opening the data found. Flags that were given stay as they are, for the checks that refuse them.
     """
     notes = [note for opened in (source, queries) if opened is not None for note in opened.notes]
-    for note in dict.fromkeys(notes):
-        run.say(f"data: {note}")
     if source.no_labels:
-        run.say(f"data: {'no labels: ' * (source.labels is None)}{source.no_labels}")
+        notes.append(f"{'no labels: ' * (source.labels is None)}{source.no_labels}")
+    for note in dict.fromkeys(notes):
+        run.say(f"data: {note}".encode(errors="backslashreplace").decode())  # names that are not UTF-8
     processes = run.accelerator.num_processes
     streamed = any(opened is not None and opened.pixels is None for opened in (source, queries))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # processes that share this machine's cores
