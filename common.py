@@ -42,6 +42,8 @@ from trainers.shared.boxes import (
     usable_objects,
 )
 from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
+from trainers.shared.fitting import fit_to_data, given_names, named_in, remember_given
+from trainers.shared.folders import first_line
 from trainers.shared.networks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -60,7 +62,6 @@ from trainers.shared.sources import (
     check_bad,
     count_classes,
     decode_rgb,
-    first_line,
     labelled_pair,
     labelled_queries,
     open_source,
@@ -106,16 +107,16 @@ def parse_args(args_class: type, argv: Sequence[str] | None = None):
         name = "".join(argv[at + 1 : at + 2]) if argv[at] == "--config" else argv[at].partition("=")[2]
         if not name:
             raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
-        return _parse(args_class, argv, args_class(**_read_config(args_class, Path(name))))
+        return _parse(args_class, argv, _read_config(args_class, Path(name)))
     args = _parse(args_class, argv, args_class())
     demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
     if getattr(args, "data", None) == "digits" and demo.exists():
-        return _parse(args_class, argv, args_class(**_read_config(args_class, demo)))
+        return _parse(args_class, argv, remember_given(_read_config(args_class, demo), ()))  # nobody gave these flags
     return args
 
 
-def _read_config(args_class: type, path: Path) -> dict:
-    """The file's values, checked by the command line's own parser, and the path itself as `config`."""
+def _read_config(args_class: type, path: Path):
+    """Flags with the file's values, checked by the command line's own parser, and the path itself as `config`."""
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
@@ -138,7 +139,7 @@ def _read_config(args_class: type, path: Path) -> dict:
         else:
             argv.append(f"--{key}={value}")
     args = _parse(args_class, argv, args_class(), where=f"--config {path}: ")
-    return {**vars(args), "config": path}
+    return remember_given(dataclasses.replace(args, config=path), {*values, "config"})
 
 
 def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
@@ -146,7 +147,8 @@ def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(args_class, args=argv, default=default)
+            args = tyro.cli(args_class, args=argv, default=default)
+        return remember_given(args, named_in(argv) | given_names(default))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -158,6 +160,29 @@ def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
         close = difflib.get_close_matches(wrong, close, n=2, cutoff=0.4) if wrong.startswith("--") else []
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise SystemExit(f"{where}{message}; {hint}--help lists the flags") from None
+
+
+def source_options(args) -> dict:
+    """What `open_source` takes of the data flags, whichever split is opened."""
+    columns = {"image_column": args.image_column, "label_column": args.label_column, "config": args.data_config}
+    return {**columns, "max_pixels": max_pixels(args)}
+
+
+def max_pixels(args) -> int:
+    """--max-megapixels in pixels."""
+    check_above_zero(args, "max_megapixels")
+    return int(args.max_megapixels * 1e6)
+
+
+def open_data(args, run) -> tuple:
+    """The data flags' images: (args, images to train on, images to evaluate on or None).
+
+    `args` come back with the flags that nobody gave fitted to the data; `run` says what was found and fitted.
+    """
+    options, query_split = source_options(args), getattr(args, "query_split", "")
+    source = open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **options)
+    queries = open_source(args.data, "eval", split=query_split, train_split=args.split, **options)
+    return fit_to_data(args, source, run, queries), source, queries
 
 
 def check_positive(args, *names: str, least: int = 1) -> None:

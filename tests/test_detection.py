@@ -601,7 +601,7 @@ MISTAKES = {
     "no anchor scale": ({"anchor_scale": 0.0}, "--anchor-scale 0.0", "above 0"),
     "a negative warm-up": ({"warmup_steps": -1}, "--warmup-steps -1", "at least 0"),
     "negative pictures": ({"pictures": -1}, "--pictures -1", "at least 0"),
-    "a batch above the data": ({"batch_size": 32}, "--batch-size 32", "16 images"),
+    "a batch above the data": ({"batch_size": 33}, "--batch-size 33", "16 images"),
     "a learning rate that blows up": ({"base_lr": 1e30, "warmup_steps": 0}, "not finite", "--base-lr"),
 }
 

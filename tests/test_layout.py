@@ -117,7 +117,8 @@ def test_every_flag_is_read(method):
     declared = {n.target.id for n in args_class(method).body if isinstance(n, ast.AnnAssign)}
     tree = ast.parse(source(method))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
-    run = (ROOT / "trainers" / "shared" / "run.py").read_text() + (ROOT / "hub.py").read_text()  # every trainer's
+    everyones = (ROOT / "trainers" / "shared" / "run.py", ROOT / "hub.py", ROOT / "common.py")
+    run = "".join(path.read_text() for path in everyones)
     read |= set(re.findall(r"\bargs\.(\w+)", run)) | set(re.findall(r'getattr\((?:self\.|run\.)?args, "(\w+)"', run))
     assert declared and declared <= read | {"config"}, f"declared but never read: {declared - read}"
 

@@ -80,8 +80,10 @@ class Args:
     # --- data ---
     data: str = ""
     """folder in PASCAL VOC's or COCO's layout, or any datasets layout with a column of objects; + joins splits"""
+    data_config: str = ""
+    """configuration of a datasets layout or Hub data set that has several; org/name:config says it too"""
     split: str = ""
-    """split to train on, where "train" is not it"""
+    """split to train on, where "train" is not it; "." takes all folders of a folder for classes"""
     query_split: str = ""
     """split to evaluate on, where it is not the usual one (validation, val, valid, test)"""
     image_column: str = ""
@@ -92,6 +94,8 @@ class Args:
     """what a column's boxes are: corner and size, or two corners; VOC's and COCO's files need no telling"""
     num_workers: int = 8
     """data workers per process for images that do not stay in memory (above 96 px)"""
+    max_megapixels: float = 179
+    """images of more pixels, in millions, count as unreadable: a small file may unpack to more than the memory"""
     min_sizes: tuple[int, ...] = (400, 480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     """shorter sides of training images, pixels, one drawn for each image of an epoch [DisCo pascal_voc_R_50_C4_24k.yaml]"""
     test_size: int = 800
@@ -390,6 +394,7 @@ def main(args: Args) -> dict[str, float]:
 
     check_flags(args)
     columns = {"image_column": args.image_column, "objects_column": args.objects_column, "box_format": args.box_format}
+    columns |= {"config": args.data_config, "max_pixels": common.max_pixels(args)}
     train = common.open_objects(args.data, "train", split=args.split, **columns)
     test = common.open_objects(args.data, "eval", split=args.query_split, classes=train.classes, **columns)
     if test is None:
@@ -399,6 +404,7 @@ def main(args: Args) -> dict[str, float]:
     for each in (train, test):
         if args.masks and any("segmentation" not in t for things in each.objects for t in things):
             raise SystemExit(f"--masks: objects of {args.data} have boxes but no segmentation; leave it out")
+    args = common.fit_to_data(args, train.source, run, test.source)
     data = SceneBatches(train, args, device=device, num_workers=args.num_workers, rank=rank, world=world)
 
     network = hub.load_teacher(args.checkpoint, flag="--checkpoint")

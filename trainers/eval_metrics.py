@@ -75,12 +75,14 @@ class Args:
     # --- data ---
     data: str = "digits"
     """digits (embedded), an image folder, TSV or parquet files, any datasets layout, or a dataset id on the Hub"""
+    data_config: str = ""
+    """configuration of a datasets layout or Hub data set that has several; org/name:config says it too"""
     query_split: str = ""
     """split to evaluate on, where it is not the usual one (validation, val, valid, test)"""
     image_column: str = ""
     """image column, where it cannot be told by its type"""
     label_column: str = ""
-    """label column; labels are used for kNN reports only, except by trainers with a supervised loss"""
+    """label column, also of metadata.csv; labels serve kNN reports only, except in trainers with a supervised loss"""
     images_per_class: int = 50
     """images of each class, drawn from the seed, or all where it has fewer [ssl-small: 50 of val, 100 of train]"""
     num_images: int = 0
@@ -89,6 +91,8 @@ class Args:
     """side of the square view, pixels"""
     num_workers: int = 8
     """data workers per process for images that do not stay in memory (above 96 px)"""
+    max_megapixels: float = 179
+    """images of more pixels, in millions, count as unreadable: a small file may unpack to more than the memory"""
     eval_batch_size: int = 256
     """images per forward pass of each process; changes memory and speed, no figure"""
     augmentation: Literal["moco_v2", "moco_v1", "digits"] = "moco_v2"
@@ -405,9 +409,10 @@ def main(args: Args) -> dict[str, float]:
     common.check_positive(args, "num_images", "latency_runs", least=0)
     common.check_above_zero(args, "uniformity_t")
     common.check_share(args, "crop_scale")
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    source = common.open_source(args.data, "eval", split=args.query_split, **columns)
-    source = source or common.open_source(args.data, "train", **columns)  # a folder without splits: all of it
+    options = common.source_options(args)
+    source = common.open_source(args.data, "eval", split=args.query_split, **options)
+    source = source or common.open_source(args.data, "train", **options)  # a folder without splits: all of it
+    args = common.fit_to_data(args, source, run)
     labels = source.labels if source.labels is not None and source.labels.min() >= 0 else None
     if labels is None and not args.num_images:
         raise SystemExit(

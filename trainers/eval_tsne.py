@@ -72,12 +72,14 @@ class Args:
     # --- data ---
     data: str = "digits"
     """digits (embedded), an image folder, TSV or parquet files, any datasets layout, or a dataset id on the Hub"""
+    data_config: str = ""
+    """configuration of a datasets layout or Hub data set that has several; org/name:config says it too"""
     query_split: str = ""
     """split to evaluate on, where it is not the usual one (validation, val, valid, test)"""
     image_column: str = ""
     """image column, where it cannot be told by its type"""
     label_column: str = ""
-    """label column; labels are used for kNN reports only, except by trainers with a supervised loss"""
+    """label column, also of metadata.csv; labels serve kNN reports only, except in trainers with a supervised loss"""
     classes: tuple[str, ...] = ()
     """classes to draw, by name or by number from 0; none: the first ten [ssl-small tsne.py; DisCo draw.py: 5 to 14]"""
     images_per_class: int = 50
@@ -86,6 +88,8 @@ class Args:
     """side of the square view, pixels"""
     num_workers: int = 8
     """data workers per process for images that do not stay in memory (above 96 px)"""
+    max_megapixels: float = 179
+    """images of more pixels, in millions, count as unreadable: a small file may unpack to more than the memory"""
 
     # --- models ---
     checkpoints: tuple[str, ...] = ()
@@ -207,9 +211,9 @@ def main(args: Args) -> dict[str, float]:
     if len(set(titles)) < len(titles):
         raise SystemExit(f"--titles {' '.join(titles)}: must differ, one for each of --checkpoints")
 
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    source = common.open_source(args.data, "eval", split=args.query_split, **columns)
-    source = source or common.open_source(args.data, "train", **columns)  # a folder without splits: all of it
+    options = common.source_options(args)
+    source = common.open_source(args.data, "eval", split=args.query_split, **options)
+    source = source or common.open_source(args.data, "train", **options)  # a folder without splits: all of it
     if source.labels is None or source.labels.min() < 0:
         raise SystemExit(
             f"--data {args.data}: no labels to tell classes by; class folders or --label-column give them"
@@ -217,6 +221,7 @@ def main(args: Args) -> dict[str, float]:
     numbers = choose_classes(args.classes, list(source.classes), source.labels)
     rows = choose_images(source.labels, len(source), args.images_per_class, 0, args.seed)
     images = source.take(rows[torch.isin(source.labels[rows], torch.tensor(numbers))].tolist())
+    args = common.fit_to_data(args, images, run)
     if not 0 < args.perplexity < len(images):
         raise SystemExit(
             f"--perplexity {args.perplexity:g}: must be above 0 and below the number of images, {len(images)}"

@@ -71,18 +71,22 @@ class Args:
     # --- data ---
     data: str = "digits"
     """digits (embedded), an image folder, TSV or parquet files, any datasets layout, or a dataset id on the Hub"""
+    data_config: str = ""
+    """configuration of a datasets layout or Hub data set that has several; org/name:config says it too"""
     split: str = ""
-    """split to train on, where "train" is not it"""
+    """split to train on, where "train" is not it; "." takes all folders of a folder for classes"""
     image_column: str = ""
     """image column, where it cannot be told by its type"""
     label_column: str = ""
-    """label column; labels are used for kNN reports only, except by trainers with a supervised loss"""
+    """label column, also of metadata.csv; labels serve kNN reports only, except in trainers with a supervised loss"""
     subset: str = ""
     """train on part of the images: a count ("5000") or share ("10%"), drawn once from the seed, or a file of their names"""
     image_size: int = 224
     """side of the square view, pixels"""
     num_workers: int = 8
     """data workers per process for images that do not stay in memory (above 96 px)"""
+    max_megapixels: float = 179
+    """images of more pixels, in millions, count as unreadable: a small file may unpack to more than the memory"""
     augmentation: Literal["multi_crop", "moco_v2", "digits"] = "multi_crop"
     """recipe of the random views; multi_crop is SwAV's, with jitter twice as strong as MoCo v2's [src/multicropdataset.py]"""
     crop_scale: tuple[float, float] | None = None
@@ -251,9 +255,7 @@ def main(args: Args) -> dict[str, float]:
     # --- end shared block ---
 
     # --- shared block: data ---
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    source = common.open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **columns)
-    queries = common.open_source(args.data, "eval", **columns)
+    args, source, queries = common.open_data(args, run)
     # --- end shared block ---
     recipe = common.RECIPES[args.augmentation]
     small_recipe = dataclasses.replace(recipe, scale=args.small_crop_scale)

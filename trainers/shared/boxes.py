@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -19,10 +20,13 @@ from torchvision.io import write_png
 from torchvision.ops import box_convert
 from torchvision.utils import draw_bounding_boxes
 
-from trainers.shared.sources import Source, _read_file, first_line, open_source, open_table
+from trainers.shared.folders import first_line, is_clutter
+from trainers.shared.sources import MAX_PIXELS, Source, _read_file, open_dataset
+from trainers.shared.tables import named_config, open_table
 
 # By a split's own name, without folder and year; VOC's val is part of its trainval.
 SPLITS = {"train": ("trainval", "train", "training"), "eval": ("test", "val", "validation", "valid", "testing")}
+ROBOFLOW = "_annotations.coco.json"
 BOX_KEYS, NAME_KEYS = ("bbox", "bboxes", "boxes"), ("category", "categories", "category_id", "label", "labels")
 
 
@@ -67,20 +71,26 @@ def open_objects(
     image_column: str = "",
     objects_column: str = "",
     box_format: Literal["xywh", "xyxy"] = "xywh",
+    config: str = "",
+    max_pixels: int = MAX_PIXELS,
 ) -> Annotated | None:
     """Open `--data`: a folder in VOC's or COCO's layout, or any `datasets` layout with a column of objects.
 
     `role` chooses the split where `split` names none; several are joined by "+", as VOC2007/trainval+VOC2012/trainval;
     "eval" gives None where there is no second split. Classes are numbered in the order of `classes` or else of their
-    names, whatever the format. Raises SystemExit with the remedy: no such split or column, a file that is not what it
+    names, whatever the format. `config` and `max_pixels` are those of `open_source`. Boxes that are none are left out, the
+    source's notes count them. Raises SystemExit with the remedy: no such split or column, a file that is not what it
     should be, a class that `classes` lacks.
     """
     if not data:
         raise SystemExit(
             "--data is missing: a folder in PASCAL VOC's or COCO's layout, or a datasets layout with a column of objects"
         )
+    data, config = named_config(data, config)
     path = Path(data).expanduser()
     voc, coco = _voc_splits(path), _coco_splits(path)
+    if config and (voc or coco):
+        raise SystemExit(f"--data-config {config}: {data} has no configurations; leave it out")
     if voc or coco:
         names = _choose(list(voc or coco), role, split, data)
         if not names:
@@ -88,15 +98,17 @@ def open_objects(
         read = partial(_open_voc, data, voc) if voc else partial(_open_coco, data, path, coco)
         parts = [read(name) for name in names]
         files = [file for part in parts for file in part[0]]
-        source = Source(data, len(files), partial(_read_file, files), where=files.__getitem__)
+        notes = [part[4] for part in parts if part[4]]
+        source = Source(data, len(files), partial(_read_file, files), where=files.__getitem__, notes=notes)
         sizes = [size for part in parts for size in part[2]] if coco else None
         found = Annotated(source, [each for part in parts for each in part[1]], sizes=sizes)
         known = {name for part in parts for name in part[3]}
     else:
-        found = _open_column(data, role, split, image_column, objects_column, box_format)
+        found = _open_column(data, role, split, image_column, objects_column, box_format, config)
         if found is None:
             return None
         known = {thing["name"] for things in found.objects for thing in things}
+    found.source.max_pixels = max_pixels
     if not any(map(usable_objects, found.objects)):
         raise SystemExit(
             f"--data {data}: no object of some area in any of its {len(found)} images; is it the right split, and box format?"
@@ -130,6 +142,23 @@ def _choose(names: list[str], role: str, split: str, data: str) -> list[str]:
     )
 
 
+def _xywh(box, box_format: str = "xywh") -> tuple[float, ...] | None:
+    """x, y, width and height of a box that is finite and of some area; None for anything else."""
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        return None
+    if box_format == "xyxy":
+        width, height = width - x, height - y
+    return (x, y, width, height) if math.isfinite(x + y + width + height) and min(width, height) > 0 else None
+
+
+def _left_out(where: str, names: list[str]) -> str:
+    """A line about objects whose boxes are none."""
+    some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return f"{where}: {len(names)} boxes are empty, missing or no numbers and left out: {some}" if names else ""
+
+
 def _thing(name: str, box: Sequence[float], **more) -> dict:
     x, y, width, height = map(float, box)
     return {"name": name, "bbox": [x, y, width, height], "area": width * height, "iscrowd": 0, "difficult": 0, **more}
@@ -141,15 +170,18 @@ def _voc_splits(path: Path) -> dict[str, tuple[Path, Path | None]]:
     for folder in (path, *sorted(path.iterdir())) if path.is_dir() else ():
         if (folder / "Annotations").is_dir():
             lists = sorted((folder / "ImageSets" / "Main").glob("*.txt"))
-            lists = [file for file in lists if "_" not in file.stem]  # aeroplane_train.txt is about one class
+            lists = [
+                file for file in lists if "_" not in file.stem and not is_clutter(file.name)
+            ]  # aeroplane_train.txt is about one class
             prefix = "" if folder == path else f"{folder.name}/"
             splits |= {prefix + file.stem: (folder, file) for file in lists} or {folder.name: (folder, None)}
     return splits
 
 
-def _open_voc(data: str, splits: dict, name: str) -> tuple[list[str], list[list[dict]], None, set[str]]:
+def _open_voc(data: str, splits: dict, name: str) -> tuple[list[str], list[list[dict]], None, set[str], str]:
     folder, listed = splits[name]
-    stems = listed.read_text().split() if listed else sorted(f.stem for f in (folder / "Annotations").glob("*.xml"))
+    every = sorted(f.stem for f in (folder / "Annotations").glob("*.xml") if not is_clutter(f.name))
+    stems = listed.read_text().split() if listed else every
     files, objects = [], []
     for stem in stems:
         file = folder / "Annotations" / f"{stem}.xml"
@@ -167,45 +199,56 @@ def _open_voc(data: str, splits: dict, name: str) -> tuple[list[str], list[list[
         objects.append(things)
     if not files:
         raise SystemExit(f"--data {data}: split {name} is empty")
-    return files, objects, None, {thing["name"] for things in objects for thing in things}
+    return files, objects, None, {thing["name"] for things in objects for thing in things}, ""
 
 
 def _coco_splits(path: Path) -> dict[str, Path]:
-    """{"train2017": .../instances_train2017.json} from a folder's annotations/."""
-    return {file.stem.removeprefix("instances_"): file for file in sorted((path / "annotations").glob("*.json"))}
+    """{"train2017": .../instances_train2017.json} from a folder's annotations/, or {"train": train/_annotations.coco.json}.
+
+    The second is how Roboflow exports a data set: every split's file beside its images, or one file beside all of them.
+    """
+    files = {file.stem.removeprefix("instances_"): file for file in sorted((path / "annotations").glob("*.json"))}
+    exported = [path / ROBOFLOW, *sorted(path.glob(f"*/{ROBOFLOW}"))]
+    files |= {"train" if file.parent == path else file.parent.name: file for file in exported if file.is_file()}
+    return {name: file for name, file in files.items() if not is_clutter(file.name)}
 
 
 def _open_coco(data: str, path: Path, splits: dict, name: str):
     file = splits[name]
     try:
         content = json.loads(file.read_text())
-        names = {each["id"]: each["name"] for each in content["categories"]}
+        names = {each["id"]: str(each["name"]) for each in content["categories"]}
         images = {each["id"]: each for each in content["images"]}
         found: dict[int, list[dict]] = {number: [] for number in images}
+        left_out = []
         for each in content["annotations"]:
             kept = {key: each[key] for key in ("area", "iscrowd", "segmentation") if each.get(key)}
             if each["category_id"] not in names or each["image_id"] not in found:
                 raise ValueError(f"annotation {each.get('id')} is of a category or an image that is not listed")
-            found[each["image_id"]].append(_thing(names[each["category_id"]], each["bbox"], **kept))
+            if box := _xywh(each.get("bbox")):
+                found[each["image_id"]].append(_thing(names[each["category_id"]], box, **kept))
+            else:
+                left_out.append(f"annotation {each.get('id')}")
         files = [each["file_name"] for each in images.values()]
         sizes = [(each.get("height", 0), each.get("width", 0)) for each in images.values()]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise SystemExit(f"--data {data}: {file} is no COCO file of instances ({problem})") from None
     if not files:
         raise SystemExit(f"--data {data}: {file} lists no images")
-    folders = [path / name, path / "images" / name, path / "images", path]
+    folders = list(dict.fromkeys([path / name, path / "images" / name, path / "images", path, file.parent]))
     folder = next((f for f in folders if (f / files[0]).exists()), None)
     if folder is None:
         raise SystemExit(f"--data {data}: {files[0]} of {file.name} is not in {', '.join(map(str, folders))}")
-    return [str(folder / f) for f in files], list(found.values()), sizes, set(names.values())
+    note = _left_out(str(file), left_out)
+    return [str(folder / f) for f in files], list(found.values()), sizes, set(names.values()), note
 
 
 def _open_column(
-    data: str, role: str, split: str, image_column: str, objects_column: str, box_format: str
+    data: str, role: str, split: str, image_column: str, objects_column: str, box_format: str, config: str
 ) -> Annotated | None:
     """A column that holds, for every image, boxes and their classes: a dict of lists or a list of dicts."""
-    table = open_table(data, role, split)
+    table = open_table(data, role, split, config)
     if table is None:
         return None
     columns = table.features
@@ -221,21 +264,28 @@ def _open_column(
     name_key = next((key for key in NAME_KEYS if key in inner[column]), None)
     if name_key is None:
         raise SystemExit(f"--data {data}: the objects in {column} have no category but {', '.join(inner[column])}")
-    kind, objects = getattr(inner[column][name_key], "names", None), []
-    for value in table[column][:]:
-        if isinstance(value, dict):
-            keys = [key for key in (box_key, name_key, "iscrowd", "difficult") if key in value]
-            value = [dict(zip(keys, row, strict=True)) for row in zip(*(value[key] for key in keys), strict=True)]
+    kind, objects, left_out = getattr(inner[column][name_key], "names", None), [], []
+    for row, value in enumerate(table[column][:]):
         things = []
-        for each in value or ():
-            x, y, width, height = each[box_key]
-            if box_format == "xyxy":
-                width, height = width - x, height - y
-            flags = {key: int(each[key]) for key in ("iscrowd", "difficult") if each.get(key)}
-            label = each[name_key]
-            things.append(_thing(kind[label] if kind else str(label), (x, y, width, height), **flags))
+        try:
+            if isinstance(value, dict):
+                keys = [key for key in (box_key, name_key, "iscrowd", "difficult") if value.get(key) is not None]
+                value = [dict(zip(keys, each, strict=True)) for each in zip(*(value[k] for k in keys), strict=True)]
+            for each in value or ():
+                flags = {key: int(each[key]) for key in ("iscrowd", "difficult") if each.get(key)}
+                label = kind[each[name_key]] if kind else str(each[name_key])
+                if box := _xywh(each[box_key], box_format):
+                    things.append(_thing(label, box, **flags))
+                else:
+                    left_out.append(f"in row {row}")
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise SystemExit(
+                f"--data {data}: row {row} of {column} holds no boxes with categories ({error})"
+            ) from None
         objects.append(things)
-    source = open_source(data, role, split=split, image_column=image_column, resident=False)
+    source = open_dataset(data, role, split, image_column, config=config)
+    if left_out:
+        source.notes = [*source.notes, _left_out(data, left_out)]
     return Annotated(source, objects)
 
 

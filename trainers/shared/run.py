@@ -99,6 +99,12 @@ class Run:
         except OSError as error:
             raise SystemExit(f"--run-dir {self.dir}: not writable ({error.strerror}); choose another folder") from None
 
+    def adopt(self, args) -> None:
+        """Go on with these flags, which were fitted to the data: in args.json too."""
+        self.args = args
+        if self.accelerator.is_main_process:
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+
     def same_everywhere(self, value):
         """The main process's value on every process: what is on disk may differ from one look to the next."""
         if self.accelerator.num_processes == 1:

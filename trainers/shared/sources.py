@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,9 +22,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from trainers.shared import folders
+from trainers.shared.folders import first_line, is_clutter, pick_split
+from trainers.shared.labels import LABEL_COLUMNS, Labels, read_labels
+from trainers.shared.tables import card_licence, column_labels, may_hold_images, named_config, open_table
+
 RESIDENT_PX = 96  # images up to this side are decoded once and kept in memory
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SPLITS = {"train": ("train", "training"), "eval": ("validation", "val", "valid", "test", "testing")}
+MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit, a quarter of a gigabyte of grey
 
 
 @dataclass
@@ -40,6 +45,9 @@ class Source:
     where: Callable[[int], str] = str  # an image's file or row, for messages
     file_names: Callable[[], list[str]] | None = None  # the images' own names, where they have some
     licence: str = ""  # where it is stated
+    no_labels: str = ""  # why there are no labels, or not for every image
+    notes: Sequence[str] = ()  # what opening found, to be said at the start
+    max_pixels: int = MAX_PIXELS  # an image of more is not decoded
 
     def __len__(self) -> int:
         return self.size
@@ -68,6 +76,10 @@ class Source:
         for part in self.pixels.numpy() if self.pixels is not None else map(self._bytes, some):
             crc = zlib.crc32(part, crc)
         return f"{crc:08x}"
+
+    def why_none(self) -> str:
+        """The end of a sentence that says that there are no labels."""
+        return f"{f' ({self.no_labels})' if self.no_labels else ''}; class folders or --label-column give them"
 
     def _bytes(self, i: int) -> bytes:
         try:
@@ -122,30 +134,40 @@ def open_source(
     role: Literal["train", "eval"] = "train",
     *,
     split: str = "",
+    train_split: str = "",
     image_column: str = "",
     label_column: str = "",
+    config: str = "",
     subset: str = "",
     seed: int = 0,
     resident: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Source | None:
     """Open `--data`: "digits", an image folder, TSV or parquet files, any `datasets` layout, or a dataset id on the Hub.
 
-    `role` chooses the split where `split` names none; "eval" gives None where there is no second split. `subset` is a
-    count ("5000") or a share ("10%", of every class where there are labels) drawn once from `seed`, or a text file of
-    image names, one a line. Small images are decoded into memory unless `resident=False`. Raises SystemExit with the
-    remedy if there are no images, no such split or no such column.
+    `role` chooses the split where `split` names none; "eval" gives None where there is no second split; `train_split` is
+    what is trained on, if somebody named it. `config` is one of a data set's configurations, which may also stand behind
+    its name (org/name:config). `subset` is a count ("5000") or a share ("10%", of every class where there are labels)
+    drawn once from `seed`, or a text file of image names, one a line. Small images are decoded into memory unless
+    `resident=False`; one of more than `max_pixels` is unreadable. Labels that cannot be used are none, `no_labels` says
+    why. Raises SystemExit with the remedy if there are no images, no such split, column or configuration.
     """
+    data, config = named_config(data, config)
     path = Path(data).expanduser()
-    if data == "digits":
-        source = _digits(_pick_split(("train", "test"), role, split, data))
-    elif path.suffix == ".tsv" and path.is_file() or path.is_dir() and any(path.glob("*.tsv")):
+    kind = "digits" if data == "digits" else _kind(path)
+    if config and kind != "table":
+        raise SystemExit(f"--data-config {config}: {data} has no configurations; leave it out")
+    if kind == "digits":
+        source = _digits(pick_split(("train", "test"), role, split, data))
+    elif kind == "tsv":
         source = _open_tsv(path, role, split)
-    elif path.is_dir() and not _has_tables(path):
-        source = _open_folder(path, role, split)
+    elif kind == "folder":
+        source = _open_folder(path, role, split, train_split, label_column)
     else:
-        source = _open_dataset(data, role, split, image_column, label_column)
+        source = open_dataset(data, role, split, image_column, label_column, config)
     if source is None:
         return None
+    source.max_pixels = max_pixels
     if subset and role == "train":
         source = source.take(_named(source, Path(subset)) if Path(subset).is_file() else _drawn(source, subset, seed))
     return source if resident is False or source.pixels is not None else _make_resident(source, force=bool(resident))
@@ -227,67 +249,138 @@ def _digits(split: str) -> Source:
     )
 
 
-def _has_tables(path: Path) -> bool:
-    """Whether a folder is a `datasets` layout (parquet, arrow, csv, json) and not a plain tree of image files."""
-    tables = {".parquet", ".arrow", ".csv", ".json", ".jsonl"}
-    return any(f.suffix in tables for pattern in ("*", "data/*", "*/*.parquet") for f in path.glob(pattern))
+def _kind(path: Path) -> Literal["tsv", "folder", "table"]:
+    """How local data are read: TSV as SEED writes it, a tree of image files, or a `datasets` layout.
+
+    Files that lie about (.csv, .json, a .tsv or .parquet of something else) do not turn a folder of images into a table.
+    """
+    if not path.is_dir():
+        return "tsv" if path.suffix == ".tsv" and path.is_file() else "table"
+    files = [f for pattern in ("*", "data/*", "*/*.parquet") for f in path.glob(pattern) if not is_clutter(f.name)]
+    if any(map(_is_seeds, _tsv_files(path))):
+        return "tsv"
+    readme = path / "README.md"
+    card = readme.read_bytes() if readme.is_file() else b""
+    if (
+        any(f.name in ("dataset_dict.json", "state.json") for f in files)
+        or b"\nconfigs:" in card.split(b"\n---", 1)[0]
+    ):
+        return "table"
+    if any(f.suffix == ".arrow" or f.suffix == ".parquet" and may_hold_images(f) for f in files):
+        return "table"
+    if folders.has_images(path):
+        return "folder"
+    if any(f.suffix == ".tsv" for f in files):
+        return "tsv"
+    return "table" if any(f.suffix in {".parquet", ".csv", ".json", ".jsonl"} for f in files) else "folder"
 
 
-def _pick_split(names: Sequence[str], role: str, split: str, data: str) -> str | None:
-    """The split to open: the one asked for, else the usual names; a single split serves training only."""
-    if split:
-        if split not in names:
-            flag = "--split" if role == "train" else "--query-split"
-            raise SystemExit(f"{flag} {split}: {data} has {', '.join(names) or 'no splits'}")
-        return split
-    found = [name for wanted in SPLITS[role] for name in names if name == wanted]
-    if not found and role == "train" and len(names) > 1:
-        raise SystemExit(f"--data {data}: no split is called train; choose one with --split: {', '.join(names)}")
-    return found[0] if found else names[0] if role == "train" else None
+def _tsv_files(path: Path) -> list[Path]:
+    return [file for file in sorted(path.glob("*.tsv")) if not is_clutter(file.name)]
 
 
-def _open_folder(path: Path, role: str, split: str) -> Source | None:
-    """A tree of image files: train/ and val/ below it are splits, the folders below those are classes."""
-    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    named = [name for name in folders if name == split or name in SPLITS["train"] + SPLITS["eval"]]
-    if named or split:
-        chosen = _pick_split(named or folders, role, split, str(path))
-        if chosen is None:
-            return None
-        path = path / chosen
-    elif role == "eval":
+def _is_seeds(file: Path) -> bool:
+    """Whether a .tsv is of SEED's format: an index beside it, or a first line that ends in an image's base64."""
+    if file.with_suffix(".lineidx").exists():
+        return True
+    with open(file, "rb") as f:
+        fields = f.readline(1 << 26).rstrip(b"\r\n").split(b"\t")
+    begins = (b"/9j/", b"iVBORw", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0A")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+    return len(fields) > 2 and fields[-1].startswith(begins)
+
+
+def _open_folder(path: Path, role: str, split: str, train_split: str, label_column: str) -> Source | None:
+    """A tree of image files; `folders` says what is a split and what a class. Labels may also stand in a metadata table."""
+    place, siblings, line = folders.choose_folder(path, role, split, train_split)
+    if place is None:
         return None
-    files = sorted(os.path.join(d, f) for d, _, fs in os.walk(path, followlinks=True) for f in fs)
-    files = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise SystemExit(f"--data {path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder or below it")
-    parts = [os.path.relpath(f, path).split(os.sep) for f in files]
+    found = folders.look(place)
+    if not found.images:
+        some = ", ".join(sorted(folders.IMAGE_SUFFIXES))
+        raise SystemExit(f"--data {place}: no images ({some}) in this folder or below it")
+    files, kinds, why = folders.class_names(found.images, place, siblings)
     labels, classes = None, []
-    if all(len(p) > 1 for p in parts):  # a file at the top means that the folders are not classes
-        classes = sorted({p[0] for p in parts})
+    notes = [line, *found.notes()]
+    if kinds:
+        classes = sorted(set(kinds))
         number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number[p[0]] for p in parts])
-    read = partial(_read_file, files)
-    where, names = files.__getitem__, partial(list, files)
-    return Source(str(path), len(files), read, labels=labels, classes=classes, where=where, file_names=names)
+        labels = torch.tensor([number[name] for name in kinds])
+        notes, why = [*notes, why], ""
+    tables = found.tables if place == path else found.tables + folders.tables_above(place, path)
+    if tables and (label_column or labels is None):
+        own, names, said = _metadata_labels(found.images, tables, label_column)
+        if own is not None:
+            files, labels, classes, why = found.images, own, names, said
+        elif label_column:
+            labels, classes, why = None, [], said
+    elif label_column and role == "train":
+        raise SystemExit(
+            f"--label-column {label_column}: {path} is a folder of images without a metadata.csv, .jsonl or .parquet"
+        )
+    elif label_column:
+        labels, classes, why = None, [], f"no metadata.csv, .jsonl or .parquet in {place}"
+    return Source(
+        str(place),
+        len(files),
+        partial(_read_file, files),
+        labels=labels,
+        classes=classes,
+        where=files.__getitem__,
+        file_names=partial(list, files),
+        no_labels=why,
+        notes=[note for note in notes if note],
+    )
+
+
+def _metadata_labels(files: list[str], tables: list[str], column: str) -> Labels:
+    """The labels of image files from `datasets`' metadata tables; the usual column where none is named."""
+    rows, columns = {}, {}
+    for table in tables:
+        own, names = folders.read_metadata(table)
+        rows |= own
+        columns |= dict.fromkeys(names) if own else {}
+    if column and column not in columns:
+        raise SystemExit(
+            f"--label-column {column}: {tables[0]} has the columns {', '.join(columns) or 'of no file_name'}"
+        )
+    column = column or next((name for name in LABEL_COLUMNS if name in columns), "")
+    if not column:
+        return (
+            None,
+            [],
+            f"{tables[0]} has no column {LABEL_COLUMNS[0]}; name one with --label-column: {', '.join(columns)}",
+        )
+    values = [rows.get(os.path.normpath(file), {}).get(column) for file in files]
+    return read_labels(_as_numbers(values), f"{column} of {os.path.basename(tables[0])}")
+
+
+def _as_numbers(words: list) -> list:
+    """Words of a text file as whole numbers if all are; else as they are."""
+    known = [word for word in words if word not in (None, "")]
+    if known and all(isinstance(word, str) and re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", word) for word in known):
+        return [int(word) if word else None for word in words]
+    return words
 
 
 def _open_tsv(path: Path, role: str, split: str) -> Source | None:
     """SEED's format: a line an image, tab-separated: its name, its label, perhaps more, and last a base64 JPEG.
 
     A file, or a folder of them, one a split. `train.lineidx` beside `train.tsv` holds the offsets of its lines; without
-    it they are found by reading the file once.
+    it they are found by reading the file once. Labels are whole numbers or words; -1 is no label.
     """
-    files = {file.stem: file for file in sorted(path.glob("*.tsv"))} if path.is_dir() else {"train": path}
+    files = {"train": path}
+    if path.is_dir():
+        every = _tsv_files(path)
+        files = {file.stem: file for file in list(filter(_is_seeds, every)) or every}
     if path.is_file() and (role == "eval" or split):
-        return _pick_split((), role, split, str(path))  # None, or the error that there are no splits
-    chosen = _pick_split(list(files), role, split, str(path))
+        return pick_split((), role, split, str(path))  # None, or the error that there are no splits
+    chosen = pick_split(list(files), role, split, str(path))
     if chosen is None:
         return None
     file, index = files[chosen], files[chosen].with_suffix(".lineidx")
     with open(file, "rb") as f:
         if index.exists():
-            offsets = np.array(index.read_text().split(), dtype=np.int64)
+            offsets = _line_offsets(index, file)
         else:
             offsets = np.cumsum([0, *map(len, f)][:-1], dtype=np.int64)
         heads = []
@@ -302,56 +395,45 @@ def _open_tsv(path: Path, role: str, split: str) -> Source | None:
     if not heads:
         raise SystemExit(f"--data {file}: no lines")
     names, kinds = zip(*heads, strict=True)
-    labels, classes = _number([int(kind) for kind in kinds] if all(map(str.isdigit, kinds)) else list(kinds))
+    labels, classes, why = read_labels(_as_numbers(list(kinds)), "the second column")
     read, where = partial(_read_line, str(file), offsets), partial(_row_name, str(file))
     return Source(
-        str(file), len(heads), read, labels=labels, classes=classes, where=where, file_names=partial(list, names)
+        str(file),
+        len(heads),
+        read,
+        labels=labels,
+        classes=classes,
+        where=where,
+        file_names=partial(list, names),
+        no_labels=why,
     )
 
 
-def _number(values: list) -> tuple[Tensor, list[str]]:
-    """Labels and class names: whole numbers stand for themselves, anything else is numbered in sorted order."""
-    if all(isinstance(v, int) and v >= 0 for v in values):
-        return torch.tensor(values), [str(i) for i in range(max(values) + 1)]
-    classes = sorted(map(str, set(values)))
-    number = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([number[str(v)] for v in values]), classes
-
-
-def open_table(data: str, role: str, split: str):
-    """A split of a parquet file or shard pattern, a local `datasets` folder, or a dataset id on the Hub; None without it."""
-    import datasets  # takes a second: only runs that use it pay
-
-    datasets.disable_progress_bars()
-    path = Path(data).expanduser()
-    local = path.exists() or "*" in data
-    if not local and (data.startswith((".", "/", "~")) or path.suffix or data.count("/") > 1):
-        raise SystemExit(f"--data {data}: no such file or folder")
+def _line_offsets(index: Path, file: Path) -> np.ndarray:
+    """The offsets in a .lineidx, (N,) int64. Raises SystemExit unless they can be all lines of the file."""
     try:
-        if path.is_dir() and (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            opened = datasets.load_from_disk(str(path))
-        elif local and not path.is_dir():
-            opened = datasets.load_dataset("parquet", data_files=str(path))
-        else:
-            opened = datasets.load_dataset(str(path) if local else data)
-    except Exception as error:  # datasets raises whatever its readers raise
-        remedy = "is the file whole?" if local else "check the id and the connection, or give a local folder"
-        raise SystemExit(f"--data {data}: cannot be opened ({first_line(error)}); {remedy}") from None
-    if isinstance(opened, datasets.DatasetDict):
-        name = _pick_split(list(opened), role, split, data)
-        if name is None:
-            return None
-        opened = opened[name]
-    elif role == "eval" or split:
-        return _pick_split((), role, split, data)  # None, or the error that there are no splits
-    return opened
+        offsets = np.array(index.read_text().split(), dtype=np.int64)
+        with open(file, "rb") as f:
+            f.seek(offsets[-1] if len(offsets) else 0)
+            f.readline()
+            whole = not f.read(1)
+        whole = whole and (len(offsets) == 0 or offsets[0] == 0 and bool((np.diff(offsets) > 0).all()))
+    except (OSError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise SystemExit(
+            f"--data {file}: {index.name} does not hold the offsets of all its lines; delete {index.name}"
+        )
+    return offsets
 
 
-def _open_dataset(data: str, role: str, split: str, image_column: str, label_column: str) -> Source | None:
-    """An image column of a table, with its label column if there is one."""
+def open_dataset(
+    data: str, role: str, split: str, image_column: str, label_column: str = "", config: str = ""
+) -> Source | None:
+    """An image column of a table, with its label column if there is one; None where there is no such split."""
     import datasets
 
-    opened = open_table(data, role, split)
+    opened = open_table(data, role, split, config)
     if opened is None:
         return None
     columns, path = opened.features, Path(data).expanduser()
@@ -363,19 +445,9 @@ def _open_dataset(data: str, role: str, split: str, image_column: str, label_col
     image_column = image_column or images[0]
     if image_column not in images and "binary" not in str(columns[image_column]):
         raise SystemExit(f"--image-column {image_column}: holds no images; {data} has {', '.join(columns)}")
-    named = [k for k, f in columns.items() if isinstance(f, datasets.ClassLabel)]
-    named += [k for k in ("label", "labels", "fine_label") if k in columns]
     if label_column and label_column not in columns:
         raise SystemExit(f"--label-column {label_column}: {data} has the columns {', '.join(columns)}")
-    labels, classes = None, []
-    if label_column or named:
-        label_column = label_column or named[0]
-        values = opened[label_column][:]
-        if isinstance(columns[label_column], datasets.ClassLabel):
-            classes = columns[label_column].names
-            labels = torch.tensor(values)
-        else:
-            labels, classes = _number(values)
+    labels, classes, why = column_labels(opened, label_column, image_column)
     raw = opened.select_columns([image_column])
     if isinstance(columns[image_column], datasets.Image):
         raw = raw.cast_column(image_column, datasets.Image(decode=False))
@@ -383,30 +455,16 @@ def _open_dataset(data: str, role: str, split: str, image_column: str, label_col
     if isinstance(columns[image_column], datasets.Image):
         names = partial(_row_paths, raw, image_column)
     return Source(
-        data,
+        f"{data}:{config}" if config else data,
         len(raw),
         read,
         labels=labels,
         classes=classes,
         where=partial(_row_name, data),
         file_names=names,
-        licence=opened.info.license or _card_licence(data, path if path.exists() or "*" in data else None),
+        licence=opened.info.license or card_licence(data, path if path.exists() or "*" in data else None),
+        no_labels=why,
     )
-
-
-def _card_licence(data: str, path: Path | None) -> str:
-    """The licence that a data set's card states, next to local files or on the Hub; nothing where there is no card."""
-    from huggingface_hub import DatasetCard
-
-    readme = None if path is None else (path if path.is_dir() else path.parent) / "README.md"
-    if readme is not None and not readme.is_file():
-        return ""
-    try:
-        stated = DatasetCard.load(data if readme is None else readme, ignore_metadata_errors=True).data
-    except Exception:  # no card there, no connection, not YAML: nothing is stated
-        return ""
-    licence = stated.get("license_name") or stated.get("license") or ""
-    return licence if isinstance(licence, str) else " and ".join(licence)
 
 
 def _row_paths(table, column: str) -> list[str]:
@@ -473,15 +531,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def count_classes(data: str, source: Source) -> int:
     """How many classes there are to learn. Raises SystemExit where there are no labels, or one below 0."""
     if source.labels is None:
-        raise SystemExit(f"--data {data}: no labels to learn from; class folders or --label-column give them")
+        raise SystemExit(f"--data {data}: no labels to learn from{source.why_none()}")
     if (low := int(source.labels.min())) < 0:
         raise SystemExit(f"--data {data}: holds the label {low}; choose a labelled --split")
     return max(len(source.classes), int(source.labels.max()) + 1)
@@ -532,7 +585,7 @@ def labelled_pair(data: str, train: Source, queries: Source | None) -> tuple[Sou
         )
     for source, flag in ((train, "--split"), (queries, "--query-split")):
         if source.labels is None:
-            raise SystemExit(f"--data {data}: no labels to evaluate with; class folders or --label-column give them")
+            raise SystemExit(f"--data {data}: no labels to evaluate with{source.why_none()}")
         if (low := int(source.labels.min())) < 0:
             raise SystemExit(f"--data {data}: holds the label {low}; choose a labelled split with {flag}")
     if list(train.classes) == list(queries.classes):
