@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import io
 import math
 import os
 import zlib
@@ -17,9 +16,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+
+from trainers.shared.images import MAX_PIXELS, decode_rgb
 
 RESIDENT_PX = 96  # images up to this side are decoded once and kept in memory
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -40,6 +39,7 @@ class Source:
     where: Callable[[int], str] = str  # an image's file or row, for messages
     file_names: Callable[[], list[str]] | None = None  # the images' own names, where they have some
     licence: str = ""  # where it is stated
+    max_pixels: int = MAX_PIXELS  # larger images are unreadable ones
 
     def __len__(self) -> int:
         return self.size
@@ -76,8 +76,8 @@ class Source:
             return b""
 
     def decode(self, i: int) -> Tensor:
-        """Image i as (3, H, W) uint8 RGB; raises ValueError if it is not an image."""
-        return self.pixels[i] if self.pixels is not None else decode_rgb(self.read(i))
+        """Image i as (3, H, W) uint8 RGB, upright; raises ValueError if it is not an image, or has over `max_pixels`."""
+        return self.pixels[i] if self.pixels is not None else decode_rgb(self.read(i), self.max_pixels)
 
 
 # Module-level functions and `partial`, not lambdas: where workers are spawned and not forked they must pickle.
@@ -103,18 +103,6 @@ def _read_line(file: str, offsets: np.ndarray, i: int) -> bytes:
     with open(file, "rb") as f:
         f.seek(offsets[i])
         return base64.b64decode(f.readline().rsplit(b"\t", 1)[-1].strip(), validate=True)
-
-
-def decode_rgb(data: bytes) -> Tensor:
-    """Encoded image -> (3, H, W) uint8 RGB; raises ValueError for anything that is not a whole image."""
-    try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError):  # formats that torchvision lacks: BMP, TIFF, CMYK JPEG, ...
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        except Exception as error:  # PIL raises a dozen kinds, struct.error and SyntaxError among them
-            raise ValueError(f"{len(data)} bytes that are no whole image ({error})") from None
 
 
 def open_source(
