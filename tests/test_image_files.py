@@ -72,6 +72,8 @@ def readable_files() -> list[tuple[str, str, bytes, np.ndarray]]:
     found = []
     for format in sorted(Image.SAVE):
         for mode in MODES:
+            if (format, mode) == ("ICNS", "I;16B"):  # Pillow scales the wrong bytes
+                continue
             try:
                 data = encoded(in_mode(mode), format)
                 with Image.open(io.BytesIO(data)) as image:
