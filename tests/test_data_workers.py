@@ -14,6 +14,7 @@ from runs import tiny_run
 from torchvision.io import encode_png
 
 import common
+from trainers import eval_linear, eval_metrics
 from trainers.shared import run as run_folder
 from trainers.shared import sources
 
@@ -116,6 +117,19 @@ def test_an_image_that_cannot_be_read_has_no_features_and_no_part_in_knn():
     # one readable neighbour: the unreadable ones have no vote, however many are asked for
     few, theirs = features[6:8], torch.tensor([1, 0])
     assert common.knn_accuracy(few, theirs, features[6:7], theirs[:1], 2, vote="majority") == 100
+
+
+def test_a_probe_on_stored_features_reads_the_next_image_as_the_batches_do():
+    readable = torch.tensor([True, False, False, True, True, False])
+    assert eval_linear.stand_ins(readable).tolist() == [0, 3, 3, 3, 4, 0]
+    assert eval_linear.stand_ins(torch.ones(3, dtype=torch.bool)).tolist() == [0, 1, 2]
+
+
+def test_static_metrics_leave_out_an_image_that_cannot_be_read():
+    images = eval_metrics.StaticSet(shades(bad=(7,)), common.MOCO_V2, "any", 16, 0)
+    rows = torch.arange(4, 12)
+    views, _ = eval_metrics.extract(lambda x: x.mean((2, 3)), images, rows, Accelerator(cpu=True), 4, 0)
+    assert all(common.readable_rows(view).tolist() == [i != 7 for i in rows.tolist()] for view in views)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 import common
+from trainers import eval_detection
 from trainers.shared.images import decode_rgb
 
 SIDE = 32
@@ -227,3 +228,52 @@ def test_a_cut_file_is_no_image():
         data = encoded(picture(), format)
         with pytest.raises(ValueError, match="no whole image"):
             decode_rgb(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("side, resident", [(32, True), (120, False)])
+def test_a_folder_that_mixes_all_kinds_trains_in_both_data_paths(tmp_path, side, resident):
+    grey = ramp(side)
+    wide, image = grey.astype(np.uint16) * 257, Image.fromarray(grey)
+    negative = Image.fromarray(255 - grey)
+    files = {
+        "8.png": encoded(image, "PNG"),
+        "16.png": encoded(Image.fromarray(wide), "PNG"),
+        "rgb16.png": png16(np.stack([wide] * 3, 2)),
+        "animated.gif": encoded(image, "GIF", save_all=True, append_images=[negative]),
+        "animated.webp": encoded(
+            image.convert("RGB"), "WEBP", lossless=True, save_all=True, append_images=[negative.convert("RGB")]
+        ),
+        "pages.tif": encoded(image, "TIFF", save_all=True, append_images=[negative]),
+        "16.tif": encoded(Image.fromarray(wide), "TIFF"),
+        "32.tif": encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"),
+        "float.tif": encoded(Image.fromarray((grey / 255).astype(np.float32)), "TIFF"),
+        "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG", quality=100),
+    }
+    for name, data in files.items():
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(data)
+    source = common.open_source(str(tmp_path))
+    data = common.Batches(source, [(common.eval_recipe(side), 32)], len(files), seed=0, device=CPU)
+    assert data.resident == resident and not source.bad
+    (view,) = data.batch(0).views
+    assert view.shape == (len(files), 3, 32, 32)
+    assert (view - view[:1]).abs().max() < 0.03 and view.min() < 0.1 and view.max() > 0.9
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_land_on_the_upright_image(orientation):
+    upright = torch.zeros(3, 60, 100, dtype=torch.uint8)
+    upright[:, 5:25, 60:90] = 255
+    turned = Image.fromarray(upright.permute(1, 2, 0).numpy())
+    back = {5: 5, 6: 8, 8: 6}.get(orientation, orientation)  # what undoes it, as EXIF counts
+    turned.getexif()[0x0112] = back
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(ImageOps.exif_transpose(turned), "JPEG", exif=exif, quality=95)
+    source = common.Source("one", 1, lambda i: data)
+    thing = {"bbox": [60.0, 5.0, 30.0, 20.0], "category_id": 1, "iscrowd": 0, "name": "white"}
+    scene, bad = eval_detection.Scenes(common.Annotated(source, [[thing]], ["white"]), 0, (60,), 100)[0, 0]
+    left, top, right, bottom = scene["boxes"][0].int().tolist()
+    light = scene["image"].float().div(255)
+    inside = light[:, top:bottom, left:right]
+    assert not bad and inside.mean() > 0.95 and inside.sum() > 0.95 * light.sum()

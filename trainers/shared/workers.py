@@ -1,16 +1,15 @@
 """Processes that read ahead: how they start, hand over their batches, die and end. A chapter of common.py."""
 
 import atexit
+import dataclasses
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainers.shared.sources import first_line
@@ -76,7 +75,7 @@ def _without_child_signal(start: Callable):
         signal.signal(signal.SIGCHLD, before)
 
 
-@dataclass
+@dataclasses.dataclass
 class NotShared:
     """What a worker sends where its batch found no room in shared memory."""
 
@@ -93,10 +92,23 @@ class Shared:
         batch = self.collate(samples) if self.collate else samples
         if get_worker_info() is not None:
             try:
-                tree_map_only(Tensor, Tensor.share_memory_, batch)
+                for tensor in tensors_in(batch):
+                    tensor.share_memory_()
             except (RuntimeError, OSError) as error:
                 return NotShared(first_line(error))
         return batch
+
+
+def tensors_in(batch) -> Iterator[Tensor]:
+    """All tensors of a sample, however deep in lists, dicts and dataclasses."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, list | tuple | dict) or dataclasses.is_dataclass(batch):
+        parts = (
+            batch if isinstance(batch, list | tuple) else (batch if isinstance(batch, dict) else vars(batch)).values()
+        )
+        for part in parts:
+            yield from tensors_in(part)
 
 
 class WorkerInit:
