@@ -277,3 +277,14 @@ def test_boxes_land_on_the_upright_image(orientation):
     light = scene["image"].float().div(255)
     inside = light[:, top:bottom, left:right]
     assert not bad and inside.mean() > 0.95 and inside.sum() > 0.95 * light.sum()
+
+
+def test_boxes_that_were_drawn_on_the_file_as_stored_are_told():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source = common.Source("one", 1, lambda i: encoded(Image.new("RGB", (100, 60)), "JPEG", exif=exif))
+    thing = {"bbox": [6.0, 5.0, 30.0, 20.0], "category_id": 1, "iscrowd": 0, "name": "a"}
+    for stated, told in (((100, 60), 0), ((60, 100), 1), ((0, 0), 0)):  # height, width; upright it has 100, 60
+        annotated = common.Annotated(source, [[thing]], ["a"], sizes=[stated])
+        _, bad = eval_detection.Scenes(annotated, 0, (60,), 100)[0, 0]
+        assert len(bad) == told and all("EXIF" in why for _, why in bad)

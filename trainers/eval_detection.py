@@ -148,6 +148,7 @@ class Scenes(common.Crops):
     def __init__(self, annotated: common.Annotated, seed=0, min_sizes=(), max_size=0, masks=False):
         super().__init__(annotated.source, (), seed)
         self.objects, self.min_sizes, self.max_size, self.masks = annotated.objects, min_sizes, max_size, masks
+        self.stated = annotated.sizes
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[dict, list[tuple[int, str]]]:
         epoch, index = key
@@ -156,6 +157,11 @@ class Scenes(common.Crops):
             return {"image": image, "index": index}, bad
         index = read  # where one is unreadable the next, with its own boxes
         height, width = image.shape[1:]
+        if self.stated and height != width and self.stated[index] == (width, height):
+            why = (
+                f"the boxes are of {height} x {width} px, the upright image has {width} x {height} (EXIF orientation)"
+            )
+            bad.append((index, f"{self.source.where(index)}: {why}"))
         size, flip = common.uniforms(self.seed, epoch, torch.tensor([index]), 0, 2)[0].tolist()
         side = self.min_sizes[int(size * len(self.min_sizes))]
         scale = min(side / min(height, width), self.max_size / max(height, width))
