@@ -204,9 +204,10 @@ def test_the_size_in_the_header_is_read_before_there_is_memory_for_it(format, si
     assert str(side) in str(error.value) or str(side * side) in str(error.value)
 
 
+@pytest.mark.parametrize("lossless", [False, True])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])
-def test_the_limit_is_a_flags_to_set(format):
-    data = encoded(picture(), format)
+def test_the_limit_is_a_flags_to_set(format, lossless):
+    data = encoded(picture(), format, **({"lossless": lossless} if format == "WEBP" else {}))
     assert decode_rgb(data, SIDE * SIDE).shape == (3, SIDE, SIDE)
     with pytest.raises(ValueError, match=f"{SIDE} x {SIDE} pixels .*--max-megapixels"):
         decode_rgb(data, SIDE * SIDE - 1)

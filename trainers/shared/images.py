@@ -24,12 +24,12 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     read in the header, before there is memory for them.
     """
     try:
-        if size := _jpeg_size(data) or _png_size(data):
+        if size := _jpeg_size(data) or _png_size(data) or _webp_size(data):
             _check_size(size, max_pixels)
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             try:
                 image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            except RuntimeError:  # a kind of JPEG or PNG that only Pillow reads
+            except RuntimeError:  # a kind that only Pillow reads
                 return _by_pillow(data, max_pixels)
             return image if image.dtype == torch.uint8 else ((image.int() * 255 + 32767) // 65535).to(torch.uint8)
         return _by_pillow(data, max_pixels)
@@ -74,6 +74,18 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a WebP that is a single picture without EXIF, None for anything else."""
+    if data[:4] != b"RIFF" or len(data) < 30:
+        return None
+    if data[8:16] == b"WEBPVP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    if data[8:16] == b"WEBPVP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     return None
 
 
