@@ -5,14 +5,11 @@ belongs in `trainers/<method>.py`. Everything a run does is a function of its fl
 of nothing else: not of how many processes share the batch, not of how often it was killed.
 """
 
-import atexit
 import dataclasses
 import difflib
 import io
 import math
-import multiprocessing
 import os
-import signal
 import sys
 import tomllib
 import zlib
@@ -29,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 # Chapters that would make this file too long to read: networks of our own, where images and boxes come from, the random views.
 from trainers.shared.boxes import (
@@ -86,6 +83,7 @@ from trainers.shared.views import (
     ssl_small,
     uniforms,
 )
+from trainers.shared.workers import read_batches
 
 ROOT = Path(__file__).resolve().parent
 
@@ -255,6 +253,7 @@ class Batches:
         self._order: tuple[int, Tensor] | None = None
         self._stream: Iterator | None = None
         self._next = -1  # the step that the running stream would give
+        self.while_waiting: Callable[[int], None] | None = None  # called with the step, until its batch is there
 
     def epoch(self, step: int) -> int:
         """The epoch that a step belongs to, from 0."""
@@ -275,12 +274,13 @@ class Batches:
         return self._order[1][start : start + share]
 
     def batch(self, step: int) -> Batch:
-        epoch, indices, views, device = self.epoch(step), self.indices(step), [], self.device
+        epoch, views, device = self.epoch(step), [], self.device
         if self.resident:
+            indices = self.indices(step)
             images = send(self._pixels[send(indices, self._pixels.device)], device)
             heights, widths = (torch.full((len(indices),), side) for side in images.shape[2:])
         else:
-            crops, heights, widths = self._streamed(step)
+            crops, indices, heights, widths = self._streamed(step)
         for v, (recipe, size) in enumerate(self.views):
             params = sample_params(recipe, self.seed, epoch, indices, v, heights, widths, size)
             if self.resident:
@@ -295,34 +295,26 @@ class Batches:
         """What the workers read; a trainer whose samples are no square views has its own, with its own `collate`."""
         return Crops(self.source, self.views, self.seed)
 
-    def _streamed(self, step: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The crops of this step from the workers; asking for another step than the next restarts the stream there."""
+    def _streamed(self, step: int) -> tuple[list, Tensor, Tensor, Tensor]:
+        """This step's samples from the workers, the (B,) indices of the images that were read, their heights and widths.
+
+        Asking for another step than the next restarts the stream there.
+        """
         if step != self._next:
-            samples = self.samples()
-            loader = DataLoader(
-                samples,
-                batch_sampler=StepSampler(self, step),
-                num_workers=self.num_workers,
-                collate_fn=samples.collate,
+            self._stream = read_batches(
+                self.samples(),
+                StepSampler(self, step),
+                self.num_workers,
                 pin_memory=self.device.type == "cuda",
-                worker_init_fn=WorkerInit() if self.num_workers else None,
                 generator=torch.Generator().manual_seed(self.seed),  # else iter() would draw from the global RNG
+                while_waiting=lambda: self.while_waiting and self.while_waiting(self._next - 1),
             )
-            self._stream = iter(loader)
         self._next = step + 1
-        try:
-            crops, sizes, bad = next(self._stream)
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            raise SystemExit(
-                f"a data worker died ({first_line(error)}): too little memory or shared memory? "
-                "Lower --num-workers (0 decodes in the main process); --resume continues from the last checkpoint"
-            ) from None
+        crops, facts, bad = next(self._stream)
         for i, why in bad:
             self.source.bad.setdefault(i, why)
         check_bad(self.source.name, self.source.bad, len(self.source))
-        return crops, sizes[:, 0], sizes[:, 1]
+        return crops, *facts.unbind(1)
 
 
 class StepSampler:
@@ -345,64 +337,47 @@ class Crops(Dataset):
     def __init__(self, source: Source, views: Sequence[tuple[Recipe, int]], seed: int):
         self.source, self.views, self.seed = source, views, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], tuple[int, int], list[tuple[int, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], tuple[int, int, int], list[tuple[int, str]]]:
         epoch, index = key
-        image, bad = self.decode(index)
+        image, index, bad = self.decode(index)
         height, width = image.shape[1:]
         crops = []
         for v, (recipe, size) in enumerate(self.views):
             sides = torch.tensor([height]), torch.tensor([width])
             params = sample_params(recipe, self.seed, epoch, torch.tensor([index]), v, *sides, size)
             crops.append(crop_one(image, params, 0, size, recipe))
-        return crops, (height, width), bad
+        return crops, (index, height, width), bad
 
-    def decode(self, index: int) -> tuple[Tensor, list[tuple[int, str]]]:
-        """The image, or the nearest readable one after it and what was wrong with those in between."""
+    def decode(self, index: int) -> tuple[Tensor, int, list[tuple[int, str]]]:
+        """The image, or the nearest readable one after it; which one it is, and what was wrong with those before it."""
         bad = []
         for i in range(index, index + 100):
             i %= len(self.source)
             try:
-                return self.source.decode(i), bad
+                return self.source.decode(i), i, bad
             except (ValueError, OSError) as error:
                 bad.append((i, f"{self.source.where(i)}: {error}"))
-        return torch.zeros(3, 8, 8, dtype=torch.uint8), bad  # 100 in a row: the caller stops the run
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), index, bad  # 100 in a row: the caller stops the run
 
     @staticmethod
     def collate(samples: list) -> tuple[list[Tensor], Tensor, list[tuple[int, str]]]:
-        """Views, (height, width) of the images, and the images that could not be read."""
+        """Views, (index, height, width) of the images that were read, and those that could not be."""
         views = [torch.stack(crops) for crops in zip(*(s[0] for s in samples), strict=True)]
         return views, torch.tensor([s[1] for s in samples]), [b for s in samples for b in s[2]]
-
-
-class WorkerInit:
-    """Data workers outlive a SIGTERM to the process group, so that the trainer can save, but not the trainer itself.
-
-    Ignoring the signal outright would hang the exit: multiprocessing ends live workers with that very signal.
-    """
-
-    def __init__(self):
-        self.closing = multiprocessing.Event()
-        atexit.register(self.closing.set)  # runs before multiprocessing's own exit hook
-
-    def __call__(self, _: int) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if self.closing.is_set() else None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(1)
 
 
 def eval_batches(
     source: Source, recipe: Recipe, size: int, batch_size: int, device: torch.device, num_workers: int, rank=0, world=1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of a source, in order and once: (x (B, 3, S, S) in [0, 1], indices (B,))."""
+    """This process's share of a source, in order and once: (x (B, 3, S, S) in [0, 1], indices (B,)).
+
+    Where an image cannot be read x holds another's: leave out the indices that are then in `source.bad`.
+    """
     share = torch.arange(len(source)).tensor_split(world)[rank]
     if source.pixels is None:
-        dataset = Crops(source, [(recipe, size)], 0)
         keys = [[(0, i) for i in part.tolist()] for part in share.split(batch_size)]
-        init = WorkerInit() if num_workers else None
-        loader = DataLoader(
-            dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=init
-        )
-        for (crops, _, bad), part in zip(loader, share.split(batch_size), strict=True):
+        batches = read_batches(Crops(source, [(recipe, size)], 0), keys, num_workers)
+        for (crops, _, bad), part in zip(batches, share.split(batch_size), strict=True):
             source.bad.update(bad)
             check_bad(source.name, source.bad, len(source))
             yield crops[0].to(device).float().div_(255), part
@@ -712,7 +687,7 @@ def extract_features(
 ) -> "Tensor | StoredFeatures":
     """(N, D) float32 CPU features of a source's images in order, the same on every process; each computes its share.
 
-    `into` makes the place for them, called with N and D: rows of a file that all processes can write; None: memory.
+    An image that could not be read has a row of NaN, see `readable_rows`. `into` makes the place for them, called with N and D: rows of a file that all processes can write; None: memory.
     """
     features, world = None, accelerator.num_processes
     training = isinstance(model, nn.Module) and model.training
@@ -724,6 +699,8 @@ def extract_features(
     for x, indices in shares:
         with accelerator.autocast():
             y = model(x).float().cpu()
+        if source.pixels is None:
+            y[[i in source.bad for i in indices.tolist()]] = torch.nan
         if features is None:
             features = into(len(source), y.shape[1]) if into else y.new_zeros(len(source), y.shape[1])
         features[indices] = y
@@ -735,6 +712,11 @@ def extract_features(
         for part in features.split(65536):
             part.copy_(accelerator.reduce(part.to(accelerator.device), "sum").cpu())
     return features
+
+
+def readable_rows(features: Tensor) -> Tensor:
+    """(N,) bool: which rows of `extract_features` are of an image, not all NaN for one that could not be read."""
+    return ~features.isnan().all(1)
 
 
 class StoredFeatures:
@@ -793,7 +775,8 @@ def eval_recipe(size: int) -> Recipe:
 def top1_accuracy(model: nn.Module, source: Source, size: int, accelerator: Accelerator, **options) -> float:
     """Percent of a labelled source's images that a classifier names right. `options` go to `extract_features`."""
     logits = extract_features(model, source, eval_recipe(size), size, accelerator, **options)
-    return 100 * (logits.argmax(1) == source.labels).double().mean().item()
+    right = (logits.argmax(1) == source.labels)[readable_rows(logits)]
+    return 100 * right.double().mean().item()
 
 
 class EpochAccuracy:
@@ -879,22 +862,26 @@ def knn_accuracy(
     gallery (N, D), queries (M, D), labels (N,) and (M,). "weighted" votes with exp(similarity / temperature) (Wu et al.
     2018, arXiv:1805.01978, Sec. 3.4), similarity being the cosine or minus the squared distance; "majority" counts
     each neighbour once. Equal votes go to the smallest label. Exact; memory is bounded by `chunk` x 10,000 scores
-    and 32 MiB of features at a time, whatever the gallery. Raises ValueError for a k above N.
+    and 32 MiB of features at a time, whatever the gallery. Images that could not be read, a row of NaN each, are left
+    out on both sides. Raises ValueError for a k above N.
     """
     ks = [k] if isinstance(k, int) else list(k)
     if max(ks) > len(gallery):
         raise ValueError(f"k = {max(ks)} neighbours of a gallery of {len(gallery)}")
+    asked = readable_rows(queries)
+    if not asked.all():
+        queries, query_labels = queries[asked], query_labels[asked.to(query_labels.device)]
     num_classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
     best, neighbour = _nearest(gallery, queries, max(ks), metric, chunk)  # (M, max k) each
     # relative to the nearest neighbour: only ratios count, and exp overflows below temperature 0.012
-    weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else torch.ones_like(best)
+    weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else (best > -torch.inf).to(best.dtype)
     correct = dict.fromkeys(ks, 0)
     for w, near, target in zip(weight.split(chunk), neighbour.split(chunk), query_labels.split(chunk), strict=True):
         label = gallery_labels.to(w.device)[near]
         for number in ks:
             votes = w.new_zeros(len(w), num_classes).scatter_add_(1, label[:, :number], w[:, :number])
             correct[number] += int((votes.argmax(1) == target.to(w.device)).sum())
-    accuracy = {number: 100.0 * hits / len(queries) for number, hits in correct.items()}
+    accuracy = {number: 100.0 * hits / max(1, len(queries)) for number, hits in correct.items()}
     return accuracy[k] if isinstance(k, int) else accuracy
 
 
@@ -910,12 +897,16 @@ def _nearest(
     for start in range(0, len(gallery), block):
         part = gallery[start : start + block].to(queries.device)
         part = F.normalize(part, dim=1) if metric == "cosine" else part
+        readable = readable_rows(part)
+        missing = None if readable.all() else ~readable
         for at in range(0, len(queries), chunk):
             rows = slice(at, at + chunk)
             query = F.normalize(queries[rows], dim=1) if metric == "cosine" else queries[rows]
             score = torch.mm(query, part.T, out=scores[: len(query), : len(part)])
             if metric == "euclidean":
                 score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))
+            if missing is not None:
+                score[:, missing] = -torch.inf
             top, index = score.topk(min(k, len(part)), dim=1)
             found = torch.cat([neighbour[rows], index + start], 1)
             best[rows], order = torch.cat([best[rows], top], 1).topk(k, dim=1)

@@ -442,8 +442,8 @@ def test_an_empty_cell_of_a_table_is_a_bad_image(train, tmp_path):
 def test_a_data_worker_that_dies_is_named_with_the_remedy(train, tmp_path, monkeypatch):
     decode = sources.decode_rgb
 
-    def die_in_a_worker(data: bytes) -> torch.Tensor:
-        return os._exit(1) if torch.utils.data.get_worker_info() else decode(data)
+    def die_in_a_worker(data: bytes, *limit: int) -> torch.Tensor:
+        return os._exit(1) if torch.utils.data.get_worker_info() else decode(data, *limit)
 
     monkeypatch.setattr(sources, "decode_rgb", die_in_a_worker)
     message = stop_message(train, "simsiam", data=write_images(tmp_path / "large", side=100), num_workers=1)

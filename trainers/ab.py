@@ -271,7 +271,7 @@ def main(args: Args) -> dict[str, float]:
         backbone.eval()
         trained.train()
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         (x,) = batch.views
         with torch.no_grad(), accelerator.autocast():

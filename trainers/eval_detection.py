@@ -39,7 +39,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -153,14 +152,20 @@ class Scenes(common.Crops):
     def __init__(self, annotated: common.Annotated, seed=0, min_sizes=(), max_size=0, masks=False):
         super().__init__(annotated.source, (), seed)
         self.objects, self.min_sizes, self.max_size, self.masks = annotated.objects, min_sizes, max_size, masks
+        self.stated = annotated.sizes
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[dict, list[tuple[int, str]]]:
         epoch, index = key
-        image, bad = self.decode(index)
+        image, read, bad = self.decode(index)
         if not self.min_sizes:
             return {"image": image, "index": index}, bad
-        index = (index + len(bad)) % len(self.source)  # unreadable: the next, with its own boxes
+        index = read  # where one is unreadable the next, with its own boxes
         height, width = image.shape[1:]
+        if self.stated and height != width and self.stated[index] == (width, height):
+            why = (
+                f"the boxes are of {height} x {width} px, the upright image has {width} x {height} (EXIF orientation)"
+            )
+            bad.append((index, f"{self.source.where(index)}: {why}"))
         size, flip = common.uniforms(self.seed, epoch, torch.tensor([index]), 0, 2)[0].tolist()
         side = self.min_sizes[int(size * len(self.min_sizes))]
         scale = min(side / min(height, width), self.max_size / max(height, width))
@@ -187,7 +192,7 @@ class Scenes(common.Crops):
 
     @staticmethod
     def collate(samples: list) -> tuple[list[dict], Tensor, list[tuple[int, str]]]:
-        return [s for s, _ in samples], torch.zeros(len(samples), 2), [b for _, bad in samples for b in bad]
+        return [s for s, _ in samples], torch.zeros(len(samples), 3), [b for _, bad in samples for b in bad]
 
 
 class SceneBatches(common.Batches):
@@ -342,9 +347,7 @@ def detect(
     detector.eval()
     rank, world, found = accelerator.process_index, accelerator.num_processes, []
     keys = [(0, i) for i in range(rank, len(annotated), world)]
-    init = common.WorkerInit() if num_workers else None
-    loader = DataLoader(Scenes(annotated), sampler=keys, batch_size=None, num_workers=num_workers, worker_init_fn=init)
-    for scene, bad in loader:
+    for scene, bad in common.read_batches(Scenes(annotated), keys, num_workers, single=True):
         annotated.source.bad.update(bad)
         common.check_bad(annotated.source.name, annotated.source.bad, len(annotated))
         image = scene["image"].to(accelerator.device, torch.get_default_dtype()).div_(255)
@@ -433,7 +436,7 @@ def main(args: Args) -> dict[str, float]:
     if unused:
         run.say(f"{unused} objects are crowds or have no area: not trained on")
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         images, targets, seeds = data.scenes(step)
         plain.rpn.fg_bg_sampler.seeds, plain.roi_heads.fg_bg_sampler.seeds = seeds.T.tolist()
 

@@ -214,7 +214,7 @@ def main(args: Args) -> dict[str, float]:
     first_step = run.resume(state) if args.resume else 0
     # --- end shared block ---
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
 
         at, unit = (data.epoch(step), 1) if args.lr_per_epoch else (data.progress(step), 1 / data.steps_per_epoch)
@@ -249,7 +249,7 @@ def main(args: Args) -> dict[str, float]:
     options = {"num_workers": args.num_workers}
     logits = common.extract_features(backbone, queries, recipe, args.image_size, accelerator, **options)
     top = min(5, num_classes)
-    hits = logits.topk(top).indices == queries.labels.view(-1, 1)
+    hits = (logits.topk(top).indices == queries.labels.view(-1, 1))[common.readable_rows(logits)]
     figures = {"top1": 100 * hits[:, 0].double().mean().item(), "top5": 100 * hits.any(1).double().mean().item()}
     top1, top5 = figures.values()
     run.say(f"\ntop-1 and top-{top} on {len(queries)} images of {queries.name}: {top1:.2f} and {top5:.2f} %")

@@ -116,7 +116,11 @@ def in_space(gallery: Features, queries: Tensor, space: str) -> tuple[Features, 
     mean = queries.new_zeros(queries.shape[1])
     if space == "shifted":
         parts = (gallery[at : at + 10_000] for at in range(0, len(gallery), 10_000))
-        mean = (sum(part.double().sum(0) for part in parts) / len(gallery)).to(queries.dtype)
+        total, count = 0, 0
+        for part in parts:
+            part = part[common.readable_rows(part)]
+            total, count = total + part.double().sum(0), count + len(part)
+        mean = (total / count).to(queries.dtype)
 
     def change(x: Tensor) -> Tensor:
         return F.normalize(x - mean.to(x.device), dim=1)
@@ -261,9 +265,11 @@ def main(args: Args) -> dict[str, float]:
             accuracy = common.knn_accuracy(
                 g, gallery.labels, mine, queries.labels[share], ks, temperature=temperature, **voting
             )
-            hits = torch.tensor([accuracy[k] * len(share) for k in ks], device=device)
+            asked = int(common.readable_rows(mine).sum())
+            hits = torch.tensor([accuracy[k] * asked for k in ks], device=device)
             hits = accelerator.reduce(hits, "sum") if world > 1 else hits
-            table[label] = {k: h / len(queries) for k, h in zip(ks, hits.tolist(), strict=True)}
+            count = int(common.readable_rows(q).sum())
+            table[label] = {k: h / max(1, count) for k, h in zip(ks, hits.tolist(), strict=True)}
             figures |= {f"{label} k={k}": figure for k, figure in table[label].items()}
             if args.max_k:  # of equal ones the smallest k, as there
                 figures[f"{label} best-NN"] = max(table[label].values())

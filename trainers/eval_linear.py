@@ -156,6 +156,12 @@ def accuracy(heads: nn.Module, features: Tensor, labels: Tensor, top: int) -> Te
     return 100 * hits / len(labels)
 
 
+def stand_ins(readable: Tensor) -> Tensor:
+    """(N,) bool -> (N,) index of each row or, where it is unreadable, of the next that is not, as `common.Batches` reads."""
+    n, rows = len(readable), readable.cpu().nonzero().flatten()
+    return rows[torch.searchsorted(rows, torch.arange(n)) % len(rows)]
+
+
 def recipes(args: Args) -> tuple[common.Recipe, common.Recipe]:
     """The view to train on and the view to test with. Raises SystemExit for flags that no view can follow."""
     common.check_share(args, "crop_scale")
@@ -217,6 +223,7 @@ def main(args: Args) -> dict[str, float]:
     if args.augmentation == "none":
         cached = common.extract_features(extract, source, recipe, args.image_size, accelerator, **options)
         cached = cached.to(device, torch.get_default_dtype())
+        readers = stand_ins(common.readable_rows(cached))
 
     heads = Heads(tested.shape[1], num_classes, len(args.base_lrs))
     hyper = {"momentum": args.momentum, "weight_decay": args.weight_decay, "device": device}
@@ -232,9 +239,9 @@ def main(args: Args) -> dict[str, float]:
     first_step = run.resume(state) if args.resume else 0
     # --- end shared block ---
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         if args.augmentation == "none":
-            rows = data.indices(step)
+            rows = readers[data.indices(step)]
             features, labels = cached[common.send(rows, device)], common.send(source.labels[rows], device)
         else:
             batch = data.batch(step)
@@ -274,7 +281,8 @@ def main(args: Args) -> dict[str, float]:
         # --- end shared block ---
 
     trained, top = accelerator.unwrap_model(heads), min(5, num_classes)
-    tested, labels = tested.to(device, torch.get_default_dtype()), queries.labels.to(device)
+    readable = common.readable_rows(tested)
+    tested, labels = tested[readable].to(device, torch.get_default_dtype()), queries.labels[readable].to(device)
     top1, top5 = (accuracy(trained, tested, labels, n).tolist() for n in (1, top))
     best = top1.index(max(top1))
     figures = {"top1": top1[best], "top5": top5[best], "best_base_lr": args.base_lrs[best]}

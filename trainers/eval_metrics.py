@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # before PyPI's common and hub
 import common
@@ -178,7 +178,7 @@ class StaticSet(Dataset):
 
     def __getitem__(self, rows: Tensor) -> tuple[list[Tensor], list, int, list[tuple[int, str]]]:
         """In a data worker: the crops (B, 3, S, S) uint8, their parameters, pairs that fail, images that are unreadable."""
-        images, bad = zip(*map(self.reader.decode, rows.tolist()), strict=True)
+        images, _, bad = zip(*map(self.reader.decode, rows.tolist()), strict=True)
         params, left = self.params(rows, torch.tensor([image.shape[1:] for image in images]))
         crops = [
             torch.stack([common.crop_one(image, p, i, self.size, recipe) for i, image in enumerate(images)])
@@ -195,9 +195,7 @@ class StaticSet(Dataset):
                 x, choices = pixels[part].to(device), list(zip(params, self.recipes, strict=True))
                 yield [common.colour_batch(common.crop_batch(x, p, self.size, r), p, r) for p, r in choices], len(left)
             return
-        init = common.WorkerInit() if num_workers else None
-        loader = DataLoader(self, batch_size=None, sampler=parts, num_workers=num_workers, worker_init_fn=init)
-        for crops, params, failed, bad in loader:
+        for crops, params, failed, bad in common.read_batches(self, parts, num_workers, single=True):
             self.source.bad.update(dict(bad))
             common.check_bad(self.source.name, self.source.bad, len(rows))
             choices = zip(crops, params, self.recipes, strict=True)
@@ -208,7 +206,10 @@ class StaticSet(Dataset):
 def extract(
     model: Callable, images: StaticSet, rows: Tensor, accelerator: Accelerator, batch_size: int, num_workers: int
 ) -> tuple[list[Tensor], int]:
-    """Features of the three views, (N, D) float32 on the CPU and the same on every process, and the pairs outside --overlap."""
+    """Features of the three views, (N, D) float32 on the CPU and the same on every process, and the pairs outside --overlap.
+
+    An image that could not be read has rows of NaN.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
     share = torch.arange(len(rows)).tensor_split(world)[rank]
     features, failed = None, 0
@@ -222,6 +223,8 @@ def extract(
                 y = model(x).float().cpu()
             if not y.isfinite().all():
                 raise SystemExit("--checkpoint: its features are not finite; in fp16, try bf16 or no mixed precision")
+            if images.source.pixels is None:
+                y[[i in images.source.bad for i in rows[at].tolist()]] = torch.nan  # another image's
             features = features or [y.new_zeros(len(rows), y.shape[1]) for _ in views]
             features[v][at] = y
     if world > 1:
@@ -441,7 +444,10 @@ def main(args: Args) -> dict[str, float]:
     recipe = dataclasses.replace(recipe, scale=args.crop_scale or recipe.scale)
     images = StaticSet(source, recipe, args.overlap, args.image_size, args.seed)
     options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
-    (plain, first, second), failed = extract(whole, images, rows, accelerator, **options)  # (N, D) each
+    views, failed = extract(whole, images, rows, accelerator, **options)
+    readable = common.readable_rows(views[0])
+    plain, first, second = (view[readable] for view in views)  # (N, D) each
+    rows = rows[readable]
     labels = None if labels is None else labels[rows]
 
     figures = {}

@@ -228,7 +228,7 @@ def main(args: Args) -> dict[str, float]:
         )
     run.say(f"{len(images)} images of {len(numbers)} classes of {source.name}, perplexity {args.perplexity:g}")
 
-    recipe, labels = common.eval_recipe(args.image_size), images.labels.numpy()
+    recipe = common.eval_recipe(args.image_size)
     found = []
     # Checkpoints are what processes share: other batches would round otherwise, and t-SNE magnifies that.
     for spec in args.checkpoints[rank::world]:
@@ -240,7 +240,8 @@ def main(args: Args) -> dict[str, float]:
             with torch.no_grad(), accelerator.autocast():
                 y = network(x)
                 parts.append((y if args.features == "backbone" else network.head(y)).float().cpu())
-        features = torch.cat(parts)  # (N, D)
+        readable = [i for i in range(len(images)) if images.pixels is not None or i not in images.bad]
+        features, labels = torch.cat(parts)[readable], images.labels[readable].numpy()  # (N, D), (N,)
         if not features.isfinite().all() or features.std(0).max() == 0:
             raise SystemExit(f"--checkpoints {spec}: its features are not finite, or the same for every image")
         features = F.normalize(features, dim=1) if args.unit_features else features
@@ -270,12 +271,12 @@ def main(args: Args) -> dict[str, float]:
             table = csv.writer(file)
             table.writerow(("checkpoint", "image", "class", "x", "y"))
             for title, points in zip(titles, panels.values(), strict=True):
-                for i, (x, y) in enumerate(points.tolist()):
-                    table.writerow((title, images.where(i), source.classes[labels[i]], x, y))
+                for i, label, (x, y) in zip(readable, labels, points.tolist(), strict=True):
+                    table.writerow((title, images.where(i), source.classes[label], x, y))
         run.say(f"pictures: {run.dir / 'tsne.png'}, {run.dir / 'tsne.pdf'}")
     accelerator.log(figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    counts = {"query_images": len(images), "classes": [source.classes[number] for number in numbers]}
+    counts = {"query_images": len(labels), "classes": [source.classes[number] for number in numbers]}
     results = {"checkpoint": " ".join(args.checkpoints), "data": args.data, **counts, **figures, "flags": flags}
     run.finish(images, results)
     return figures

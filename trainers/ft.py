@@ -258,7 +258,7 @@ def main(args: Args) -> dict[str, float]:
     epochs = (total_steps - init_steps) / data.steps_per_epoch
     moves = data.epoch if args.lr_per_epoch else data.progress
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         (x,) = batch.views
         with torch.no_grad(), accelerator.autocast():

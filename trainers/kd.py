@@ -399,7 +399,7 @@ def main(args: Args) -> dict[str, float]:
     w_ce, w_kd, w = (usual if own is None else own for own, usual in zip(given, method.weights, strict=True))
     moves = data.epoch if args.lr_per_epoch else data.progress
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         (x,) = batch.views
         with torch.no_grad(), accelerator.autocast():

@@ -277,7 +277,7 @@ def main(args: Args) -> dict[str, float]:
 
     share, grouped = args.batch_size // world, 0 < args.bn_group_size < args.batch_size
     collapsed = 0
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         x_q, x_k = batch.views
         if args.hide_and_seek:

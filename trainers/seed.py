@@ -281,7 +281,7 @@ def main(args: Args) -> dict[str, float]:
     temperatures = args.student_temperature, args.teacher_temperature
     milestones = args.milestones if args.schedule == "step" else None
     collapsed = 0
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         inputs, patches = batch.views[:count], batch.views[count:]
         if patches:

@@ -191,7 +191,7 @@ def main(args: Args) -> dict[str, float]:
     # --- end shared block ---
 
     collapsed = 0
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
 
         at, unit = (data.epoch(step), 1) if args.lr_per_epoch else (data.progress(step), 1 / data.steps_per_epoch)

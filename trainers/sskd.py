@@ -356,7 +356,7 @@ def main(args: Args) -> dict[str, float]:
     }
     moves = data.epoch if args.lr_per_epoch else data.progress
 
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         x = torch.stack(batch.views, 1).flatten(0, 1)  # (4B, 3, S, S), interleaved
 

@@ -317,7 +317,7 @@ def main(args: Args) -> dict[str, float]:
     part = slice(rank * args.queue_length // world, (rank + 1) * args.queue_length // world)
     chance, stuck = math.log(args.num_prototypes), 0
     patience = max(100, max(1, epochs / 50) * data.steps_per_epoch)  # steps at ln K that are no longer bad luck
-    for step in run.start(first_step, total_steps, data):
+    for step in run.start(first_step, total_steps, data, state, backbone):
         batch = data.batch(step)
         crops = [torch.stack(list(same), dim=1) for _, same in groupby(batch.views, key=lambda x: x.shape[-1])]
 

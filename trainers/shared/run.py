@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -133,14 +134,32 @@ class Run:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
         return bool(flag)
 
+    def _stop_while_waiting(self, state: dict, backbone: nn.Module | None, step: int) -> None:
+        if self.stop_requested():
+            if step > self._first_step:
+                self.save(step, state, backbone)
+            self.stop(step)
+
     # --- log ---
 
-    def start(self, first_step: int, total_steps: int, data: common.Batches | None = None) -> range:
-        """The steps to do; forgets logged steps that a resumed run does again, and states what runs where."""
+    def start(
+        self,
+        first_step: int,
+        total_steps: int,
+        data: common.Batches | None = None,
+        state: dict | None = None,
+        backbone: nn.Module | None = None,
+    ) -> range:
+        """The steps to do; forgets logged steps that a resumed run does again, and states what runs where.
+
+        `state` and `backbone`, as for `save`, are what a stop signal keeps that comes while a batch of `data` is waited for.
+        """
         if total_steps < 1:
             raise SystemExit(f"--epochs {self.args.epochs}: must give at least one step; or set --total-steps")
         self._first_step, self._total, self._start = first_step, total_steps, time.perf_counter()
         self._images, self._last_line = self.args.batch_size, 0.0
+        if state is not None and self.accelerator.num_processes == 1:  # several agree on a stop only between steps
+            data.while_waiting = partial(self._stop_while_waiting, state, backbone)
         if self.accelerator.is_main_process:
             if data is not None:
                 facts = {"name": data.source.name, "images": len(data.source), "licence": data.source.licence}

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import io
 import math
 import os
 import re
@@ -18,17 +17,15 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from trainers.shared import folders
 from trainers.shared.folders import first_line, is_clutter, pick_split
+from trainers.shared.images import MAX_PIXELS, decode_rgb
 from trainers.shared.labels import LABEL_COLUMNS, Labels, read_labels
 from trainers.shared.tables import card_licence, column_labels, may_hold_images, named_config, open_table
 
 RESIDENT_PX = 96  # images up to this side are decoded once and kept in memory
-MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit, a quarter of a gigabyte of grey
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Source:
     licence: str = ""  # where it is stated
     no_labels: str = ""  # why there are no labels, or not for every image
     notes: Sequence[str] = ()  # what opening found, to be said at the start
-    max_pixels: int = MAX_PIXELS  # an image of more is not decoded
+    max_pixels: int = MAX_PIXELS  # an image of more is unreadable
 
     def __len__(self) -> int:
         return self.size
@@ -88,8 +85,8 @@ class Source:
             return b""
 
     def decode(self, i: int) -> Tensor:
-        """Image i as (3, H, W) uint8 RGB; raises ValueError if it is not an image."""
-        return self.pixels[i] if self.pixels is not None else decode_rgb(self.read(i))
+        """Image i as (3, H, W) uint8 RGB, upright; raises ValueError if it is not an image, or has over `max_pixels`."""
+        return self.pixels[i] if self.pixels is not None else decode_rgb(self.read(i), self.max_pixels)
 
 
 # Module-level functions and `partial`, not lambdas: where workers are spawned and not forked they must pickle.
@@ -115,18 +112,6 @@ def _read_line(file: str, offsets: np.ndarray, i: int) -> bytes:
     with open(file, "rb") as f:
         f.seek(offsets[i])
         return base64.b64decode(f.readline().rsplit(b"\t", 1)[-1].strip(), validate=True)
-
-
-def decode_rgb(data: bytes) -> Tensor:
-    """Encoded image -> (3, H, W) uint8 RGB; raises ValueError for anything that is not a whole image."""
-    try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError):  # formats that torchvision lacks: BMP, TIFF, CMYK JPEG, ...
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        except Exception as error:  # PIL raises a dozen kinds, struct.error and SyntaxError among them
-            raise ValueError(f"{len(data)} bytes that are no whole image ({error})") from None
 
 
 def open_source(
