@@ -13,7 +13,7 @@ from test_bad_input import write_images
 from tools import make_backbone, make_run, stop_message
 
 import common
-from trainers import crd, eval_knn, eval_metrics, eval_tsne, moco, rkd, simsiam, smd, swav_disco
+from trainers import crd, eval_knn, eval_metrics, eval_tsne, kd, moco, rkd, simsiam, smd, swav_disco
 from trainers.shared.fitting import fitted, given_names
 
 
