@@ -89,7 +89,7 @@ def test_what_starts_from_a_release_keeps_its_size(tmp_path):
     other = common.create_backbone("vit_tiny_patch16_224", image_size=96, depth=1)
     hub.load_weights(other, tmp_path / "run")  # resampled
     assert torch.equal(other.blocks[0].mlp.fc1.weight, start.backbone.blocks[0].mlp.fc1.weight)
-    args = eval_detection.Args(checkpoint=tmp_path / "run")
+    args = eval_detection.Args(checkpoint=tmp_path / "run", detector="fpn")
     assert eval_detection.create_detector(start.backbone, 2, args)
 
 
