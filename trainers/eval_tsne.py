@@ -268,7 +268,7 @@ def main(args: Args) -> dict[str, float]:
                 for i, (x, y) in enumerate(points.tolist()):
                     table.writerow((title, images.where(i), source.classes[labels[i]], x, y))
         run.say(f"pictures: {run.dir / 'tsne.png'}, {run.dir / 'tsne.pdf'}")
-    accelerator.log(figures, step=0)
+    run.attempt(f"--tracker {args.tracker}", accelerator.log, figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     counts = {"query_images": len(images), "classes": [source.classes[number] for number in numbers]}
     results = {"checkpoint": " ".join(args.checkpoints), "data": args.data, **counts, **figures, "flags": flags}
