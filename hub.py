@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -266,7 +267,8 @@ def release(run: Run, step: int, state: dict, backbone: nn.Module) -> None:
     `state` is the checkpoint's, for the projection head. Raises SystemExit in one line where it cannot be written.
     """
     if run.accelerator.is_main_process:
-        _make_release(run.dir, step, lambda folder: run.write_network(folder, state, backbone))
+        put = partial(run.write_network, state=state, backbone=backbone)
+        _make_release(run.dir, put, partial(run.attempt, "the model card", write_card, run_dir=run.dir, step=step))
     run.released = step
 
 
@@ -335,7 +337,8 @@ def build_release(run_dir: str | Path, evaluations: Sequence[str | Path] = ()) -
             if (newest / name).exists():
                 shutil.copyfile(newest / name, folder / name)  # not its mode
 
-    return _make_release(run_dir, int(newest.name[5:]), put, evaluations)
+    step = int(newest.name[5:])
+    return _make_release(run_dir, put, partial(write_card, run_dir=run_dir, step=step, evaluations=evaluations))
 
 
 def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
@@ -356,18 +359,16 @@ def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
         logged = [record["step"] for record in read_records(run_dir / "metrics.jsonl")]
         if logged and int(checkpoint.name[5:]) > max(logged) + args.get("log_every", 1):
             return f"the run's log ends at step {max(logged)}"
-        state = checkpoint / "state.pt"
-        if state.exists() and torch.load(state, "cpu", weights_only=True, mmap=True)["step"] != int(
-            checkpoint.name[5:]
-        ):
+        state, step = checkpoint / "state.pt", int(checkpoint.name[5:])
+        if state.exists() and torch.load(state, "cpu", weights_only=True, mmap=True)["step"] != step:
             return "its state.pt is of another step"
     except (Exception, SystemExit) as error:  # a damaged file raises whatever its reader meets first
         return one_line(common.first_line(error)).removeprefix("--teacher ")
     return None
 
 
-def _make_release(run_dir: Path, step: int, put: Callable[[Path], None], evaluations: Sequence[Path] = ()) -> Path:
-    """`put` writes a network's files into a folder, which gets its card and takes release/'s place whole."""
+def _make_release(run_dir: Path, put: Callable[[Path], None], card: Callable[[Path], None]) -> Path:
+    """`put` writes a network's files into a folder, `card` its card; then it takes release/'s place whole."""
     folder, beside, aside = (run_dir / name for name in ("release", ".release", ".release_before"))
     try:
         if aside.exists() and not folder.exists():  # a build was killed between its two renames
@@ -376,7 +377,7 @@ def _make_release(run_dir: Path, step: int, put: Callable[[Path], None], evaluat
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         put(beside)
-        write_card(beside, run_dir, step, evaluations)
+        card(beside)
         before = folder / "model.safetensors"
         if before.exists() and filecmp.cmp(before, beside / "model.safetensors", shallow=False):
             for file in folder.iterdir():
@@ -483,7 +484,7 @@ def push(
     card = set_licence(card, licence or chain).replace("ORG/NAME", repo_id)
     files = [CommitOperationAdd("README.md", card.encode())]
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != "README.md":
+        if file.is_file() and file.name != "README.md" and not file.name.startswith("."):
             files.append(CommitOperationAdd(file.name, str(file)))
     try:
         api = HfApi()

@@ -13,7 +13,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     A file name in `content` that is not UTF-8 keeps its bytes. Raises SystemExit in one line, the old file in place.
     """
     content = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}")
     try:
         with open(beside, "wb") as file:
             file.write(content)

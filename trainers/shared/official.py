@@ -16,6 +16,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +259,8 @@ def read_foreign(path: Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol, which says nothing to a user
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its reader meets first
         named = str(error).split("GLOBAL ", 1)[1].split()[:1] if "GLOBAL " in str(error) else []

@@ -261,11 +261,9 @@ class Run:
     def write_network(self, folder: Path, state: dict, backbone: nn.Module) -> None:
         """A release's model.safetensors, config.json and, if `state` has a head on `backbone`, head.safetensors."""
         view = {k: v for k, v in vars(self.args).items() if k in ("interpolation", "crop_pct")}
-        save_backbone(folder, backbone, getattr(self.args, "image_size", 224), **view)
+        facts = run_facts(vars(self.args), self.trainer)
+        save_backbone(folder, backbone, getattr(self.args, "image_size", 224), run=facts, **view)
         save_head(folder, self._head(state, backbone))
-        config = read_json(folder / "config.json")
-        config["run"] = run_facts(json.loads(json.dumps(vars(self.args), default=str)), self.trainer)
-        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _head(self, state: dict, backbone: nn.Module) -> nn.Module | None:
         """The projection head that is trained on this backbone, if the method has one."""
@@ -407,7 +405,12 @@ def _numpy_rng() -> dict:
 
 
 def save_backbone(
-    folder: Path, backbone: nn.Module, image_size: int, interpolation: str = "bilinear", crop_pct: float | None = None
+    folder: Path,
+    backbone: nn.Module,
+    image_size: int,
+    interpolation: str = "bilinear",
+    crop_pct: float | None = None,
+    run: dict | None = None,
 ) -> None:
     """model.safetensors and config.json, as timm reads them; the view is the one that `common.eval_recipe` cuts."""
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
@@ -432,6 +435,8 @@ def save_backbone(
             "classifier": cfg.get("classifier"),
         },
     }
+    if run is not None:
+        config["run"] = run
     if hasattr(backbone, "started_from"):
         config["started_from"] = backbone.started_from
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
