@@ -24,7 +24,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +38,10 @@ from torch import Tensor, nn
 import common
 
 # Chapters that would make this file too long to read: the model card, export, the authors' own files, the run folder.
-from trainers.shared.card import contradicts, is_ours, read_json, read_licence, set_licence, write_card
+from trainers.shared.card import contradicts, is_ours, read_licence, set_licence, write_card
 from trainers.shared.export import SUFFIXES, export
+from trainers.shared.files import figures as figures_of
+from trainers.shared.files import markdown, one_line, read_json, read_records, write_whole
 from trainers.shared.official import (
     HOW_TO_GET_A_TEACHER,
     TEACHERS,
@@ -48,7 +51,7 @@ from trainers.shared.official import (
     open_foreign,
     read_config,
 )
-from trainers.shared.run import Run, checkpoints
+from trainers.shared.run import Run, checkpoints, run_facts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers
@@ -336,65 +339,140 @@ def digits_teacher(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, source: common.Source | None, results: dict) -> Path:
-    """End a training run: close its log, build its release folder and, with --push-to-hub, upload that."""
-    run.finish(source, results)
-    release = run.dir / "release"
+def release(run: Run, step: int, state: dict, backbone: nn.Module) -> None:
+    """release/ from the network in memory, as it is after `step` steps; before anything is reported, which may fail.
+
+    `state` is the checkpoint's, for the projection head. Raises SystemExit in one line where it cannot be written.
+    """
     if run.accelerator.is_main_process:
-        build_release(run.dir)
-        config = read_json(release / "config.json")
+        put = partial(run.write_network, state=state, backbone=backbone)
+        _make_release(run.dir, put, partial(run.attempt, "the model card", write_card, run_dir=run.dir, step=step))
+    run.released = step
+
+
+def knn(run: Run, networks: dict[str, nn.Module], source: common.Source, queries: common.Source | None) -> dict:
+    """`common.knn_table` of the images whose labels can be compared; {} and one line why where none can or it fails."""
+    pair = run.attempt("kNN", common.labelled_queries, source, queries, run.say, "kNN")
+    if pair is None:
+        return {}
+    pair = [replace(images, name=one_line(images.name)) for images in pair]
+    options = {"num_workers": run.args.num_workers}
+    return run.attempt("kNN", common.knn_table, networks, *pair, run.args.image_size, run.accelerator, **options) or {}
+
+
+def finish(run: Run, source: common.Source | None, results: dict) -> Path:
+    """End a training run whose release is written: its figures into results.json and the card, --push-to-hub.
+
+    Nothing here can fail the run. Without a release of this run's end the newest checkpoint is released.
+    """
+    run.finish(source, results)
+    folder = run.dir / "release"
+    if run.accelerator.is_main_process:
+        if run.released is None:
+            build_release(run.dir)
+        else:
+            run.attempt(f"{folder}: its card", write_card, folder, run.dir, run.released)
+        config = read_json(folder / "config.json")
         load = "import common, timm" if is_ours(config["architecture"]) else "import timm"
         without = ", num_classes=0" if config["num_classes"] else ""
-        run.say(f"\nrelease: {release}\n\n  {load}")
-        run.say(f'  model = timm.create_model("local-dir:{release}", pretrained=True{without})')
+        run.say(f"\nrelease: {folder}\n\n  {load}")
+        run.say(f'  model = timm.create_model("local-dir:{folder}", pretrained=True{without})')
         run.say("  features = model.eval()(images)  # (B, 3, H, W), normalised as config.json says\n")
         if repo := getattr(run.args, "push_to_hub", None):
-            try:
-                run.say(f"pushed to {push(run.dir, repo)}")
-            except SystemExit as error:  # a finished run is never lost to a failed upload
-                run.say(f"{error}\nthe run is whole; try again with: python hub.py push {run.dir} {repo}")
+            if address := run.attempt("--push-to-hub", push, folder, repo):
+                run.say(f"pushed to {address}")
+            else:
+                run.say(f"try again with: python hub.py push {run.dir} {repo}")
     run.accelerator.wait_for_everyone()
-    return release
+    return folder
 
 
 def build_release(run_dir: str | Path, evaluations: Sequence[str | Path] = ()) -> Path:
     """release/ of a run: model.safetensors and config.json (what timm loads), README.md, the model card with its
     training.png, and, where the method trains a projection head, head.safetensors. Offline.
 
-    Takes the newest checkpoint; files that were exported from just these weights stay. `evaluations` are run folders of
-    evaluations, for the card. Written beside and renamed into place. Raises SystemExit if the run has no checkpoint or an
-    evaluation no results.
+    Takes the newest checkpoint that is whole and this run's, and says which it passed over; files that were exported from
+    just these weights stay. `evaluations` are run folders of evaluations, for the card. Written beside and renamed into
+    place. Raises SystemExit if the run has no such checkpoint or an evaluation no results.
     """
     run_dir, evaluations = Path(run_dir), [Path(e) for e in evaluations]
-    newest = next((c for c in checkpoints(run_dir) if (c / "model.safetensors").exists()), None)
-    if newest is None:
-        raise SystemExit(
-            f"{run_dir}: no checkpoint to release; a run writes one every --save-every steps and at its end"
-        )
     for evaluation in evaluations:
         if not read_json(evaluation / "results.json"):
             raise SystemExit(f"--evals {evaluation}: no results.json; an evaluation writes it at its end")
-    release, beside = run_dir / "release", run_dir / ".release"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+    passed = []
+    for newest in checkpoints(run_dir):
+        if (problem := _unfit(newest, run_dir)) is None:
+            break
+        passed.append(f"{newest.name} ({problem})")
+    else:
+        why = f": {'; '.join(passed)}" if passed else "; a run writes one every --save-every steps and at its end"
+        raise SystemExit(f"{run_dir}: no checkpoint to release{why}")
+    if passed:
+        print(f"{run_dir}: released {newest.name}, passed over {'; '.join(passed)}", file=sys.stderr)
+
+    def put(folder: Path) -> None:
         for name in ("model.safetensors", "config.json", "head.safetensors"):
             if (newest / name).exists():
-                shutil.copy(newest / name, beside)
-        write_card(beside, run_dir, newest, evaluations)
-        before = release / "model.safetensors"
-        if before.exists() and filecmp.cmp(before, beside / "model.safetensors", shallow=False):
-            for file in release.iterdir():
-                if file.is_file() and not (beside / file.name).exists():
-                    shutil.copy(file, beside)
-        shutil.rmtree(release, ignore_errors=True)
-        os.replace(beside, release)
-    except OSError as error:
+                shutil.copyfile(newest / name, folder / name)  # not its mode
+
+    step = int(newest.name[5:])
+    return _make_release(run_dir, put, partial(write_card, run_dir=run_dir, step=step, evaluations=evaluations))
+
+
+def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
+    """Why a checkpoint cannot be released as this run's, None if it can: every tensor is read and must fit its network."""
+    try:
+        config = read_json(checkpoint / "config.json")
+        if not config:
+            return "no config.json"
+        network = _load_folder(checkpoint, config.get("num_classes") or 0, {}).backbone
+        if config.get("num_features") != network.num_features:
+            return f"config.json says {config.get('num_features')} features, its network has {network.num_features}"
+        if not all(bool(v.isfinite().all()) for v in network.state_dict().values()):
+            return "weights that are not finite"
+        args = read_json(run_dir / "args.json")
+        facts = run_facts(args, read_json(run_dir / "environment.json").get("trainer"))
+        if config.get("run", facts) != facts:
+            return f"of another run: {one_line(config['run'])}"
+        logged = [record["step"] for record in read_records(run_dir / "metrics.jsonl")]
+        if logged and int(checkpoint.name[5:]) > max(logged) + args.get("log_every", 1):
+            return f"the run's log ends at step {max(logged)}"
+        state, step = checkpoint / "state.pt", int(checkpoint.name[5:])
+        if state.exists() and torch.load(state, "cpu", weights_only=True, mmap=True)["step"] != step:
+            return "its state.pt is of another step"
+    except (Exception, SystemExit) as error:  # a damaged file raises whatever its reader meets first
+        return one_line(common.first_line(error)).removeprefix("--teacher ")
+    return None
+
+
+def _make_release(run_dir: Path, put: Callable[[Path], None], card: Callable[[Path], None]) -> Path:
+    """`put` writes a network's files into a folder, `card` its card; then it takes release/'s place whole."""
+    folder, beside, aside = (run_dir / name for name in ("release", ".release", ".release_before"))
+    try:
+        if aside.exists() and not folder.exists():  # a build was killed between its two renames
+            os.replace(aside, folder)
+        shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(beside, ignore_errors=True)
-        raise SystemExit(
-            f"{release}: {error.strerror}; once it can be written: python hub.py build {run_dir}"
-        ) from None
-    return release
+        beside.mkdir()
+        put(beside)
+        card(beside)
+        before = folder / "model.safetensors"
+        if before.exists() and filecmp.cmp(before, beside / "model.safetensors", shallow=False):
+            for file in folder.iterdir():
+                if file.is_file() and not (beside / file.name).exists():
+                    shutil.copyfile(file, beside / file.name)
+        if folder.exists():
+            os.replace(folder, aside)
+        os.replace(beside, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    except SystemExit:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    except Exception as error:  # a full disk is an OSError or safetensors' own
+        shutil.rmtree(beside, ignore_errors=True)
+        why = getattr(error, "strerror", None) or common.first_line(error)
+        raise SystemExit(f"{folder}: {why}; once it can be written: python hub.py build {run_dir}") from None
+    return folder
 
 
 def to_detectron2(spec: str | Path, out: str | Path) -> str:
@@ -421,10 +499,7 @@ def to_detectron2(spec: str | Path, out: str | Path) -> str:
         name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         model[name] = value.numpy()
     content = {"model": model, "__author__": "cleandistill", "matching_heuristics": True}
-    try:
-        Path(out).write_bytes(pickle.dumps(content))
-    except OSError as error:
-        raise SystemExit(f"to-detectron2: {out}: {error.strerror}") from None
+    write_whole(Path(out), pickle.dumps(content))
     mean, std = (
         [round(255 * v, 3) for v in value.flatten().tolist()]
         for value in (teacher.backbone.input_mean, teacher.backbone.input_std)
@@ -471,7 +546,14 @@ def push(
         folder = build_release(folder, evaluations)
     elif evaluations:
         raise SystemExit(f"--evals: {folder} is a release folder; figures are added when its run is pushed")
-    card = (folder / "README.md").read_text() if (folder / "README.md").exists() else "---\nlicense: unknown\n---\n"
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        card = "---\nlicense: unknown\n---\n"
+    except ValueError:
+        raise SystemExit(
+            f"{folder / 'README.md'}: is not UTF-8 text; save it as that, or build the release again"
+        ) from None
     chain = read_licence(folder / "README.md")
     if licence and contradicts(licence, chain) and not accept_licence:
         raise SystemExit(
@@ -480,7 +562,7 @@ def push(
     card = set_licence(card, licence or chain).replace("ORG/NAME", repo_id)
     files = [CommitOperationAdd("README.md", card.encode())]
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != "README.md":
+        if file.is_file() and file.name != "README.md" and not file.name.startswith("."):
             files.append(CommitOperationAdd(file.name, str(file)))
     try:
         api = HfApi()
@@ -688,18 +770,20 @@ def report(runs: Sequence[Path]) -> str:
             raise SystemExit(f"{run}: no results.json; a run writes it at its end")
         column = str(results.get("checkpoint") or run)
         columns += [column] if column not in columns else []
-        data = Path(results.get("data") or read_json(run / "args.json").get("data", "")).name
-        for name, value in results.items():
-            if isinstance(value, float):
-                row = f"{results.get('trainer', '?')} on {data}: {name}"
-                if column in table.get(row, {}):  # the same evaluation twice: on other images or with other flags
-                    row += f" ({run.name})"
-                table.setdefault(row, {})[column] = value
-    lines = [["", *columns], ["---"] + ["---:"] * len(columns)]
+        data = Path(str(results.get("data") or read_json(run / "args.json").get("data", ""))).name
+        for name, value in figures_of(results).items():
+            row = f"{results.get('trainer', '?')} on {data}: {name}"
+            if column in table.get(row, {}):  # the same evaluation twice: on other images or with other flags
+                row += f" ({run.name})"
+            table.setdefault(row, {})[column] = value
+    lines = [["", *map(markdown, columns)], ["---"] + ["---:"] * len(columns)]
     for row, found in table.items():
         figures = (found.get(column) for column in columns)
         lines.append(
-            [row, *("" if f is None else f"{f:.2f}" if abs(f) >= 1 or f == 0 else f"{f:.4f}" for f in figures)]
+            [
+                markdown(row),
+                *("" if f is None else f"{f:.2f}" if abs(f) >= 1 or f == 0 else f"{f:.4f}" for f in figures),
+            ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -713,6 +797,17 @@ def _report(runs: tuple[Path, ...], /) -> None:
     print(report(runs))
 
 
+def _run_line(run: Path) -> str:
+    """What `list` shows of a run."""
+    args, method = read_json(run / "args.json"), read_json(run / "environment.json").get("trainer", "?")
+    found = list(figures_of(read_json(run / "results.json")).values())
+    newest = next((f"step {int(c.name[5:])}" for c in checkpoints(run)), "no checkpoint")
+    result = f"{found[-1]:.2f}" if found else newest
+    network = args.get("student") or args.get("backbone") or Path(str(args.get("checkpoint"))).name
+    licence, data = read_licence(run / "release" / "README.md"), Path(str(args.get("data", "?"))).name
+    return one_line(f"{str(run):32}{result:>14}  {licence:14}{network}, {method}, {data}")
+
+
 def _list(folder: Path = Path("runs"), /) -> None:
     """Show the official checkpoints that --teacher takes by name, as published, and the runs on this machine.
 
@@ -724,13 +819,10 @@ def _list(folder: Path = Path("runs"), /) -> None:
         print(f"{name:32}{official.top1:>14.2f}  {official.licence:14}{official.source}")
     print(f"\n{'run':32}{'result':>14}  {'licence':14}network, method, data")
     for run in sorted(path.parent for path in folder.glob("*/args.json")):
-        args, method = read_json(run / "args.json"), read_json(run / "environment.json").get("trainer", "?")
-        figures = {k: v for k, v in read_json(run / "results.json").items() if isinstance(v, float)}
-        newest = next((f"step {int(c.name[5:])}" for c in checkpoints(run)), "no checkpoint")
-        result = f"{list(figures.values())[-1]:.2f}" if figures else newest
-        network = args.get("student") or args.get("backbone") or Path(str(args.get("checkpoint"))).name
-        licence = read_licence(run / "release" / "README.md")
-        print(f"{str(run):32}{result:>14}  {licence:14}{network}, {method}, {Path(args.get('data', '?')).name}")
+        try:
+            print(_run_line(run))
+        except (OSError, SystemExit) as error:  # one damaged run does not hide the others
+            print(one_line(error))
     if not folder.is_dir():
         print(f"no folder {folder} here; name the one that holds your runs: python hub.py list FOLDER")
 
@@ -747,6 +839,7 @@ def _to_detectron2(spec: str, out: Path, /) -> None:
 
 if __name__ == "__main__":
     sys.modules.setdefault("hub", sys.modules["__main__"])
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     app = tyro.extras.SubcommandApp()
     for function in (_build, _push, _pull, _export, _inspect, _list, _report, _to_detectron2):
         app.command(function, name=function.__name__[1:].replace("_", "-"))

@@ -14,7 +14,7 @@ from runs import TRAINERS
 import common
 
 BLOCK = re.compile(r"^ *# --- shared block: (\w+) ---\n(.*?)^ *# --- end shared block ---\n", re.S | re.M)
-SHARED_BLOCKS = {"setup", "data", "resume", "checkpoint"}
+SHARED_BLOCKS = {"setup", "data", "resume", "checkpoint", "release"}
 FIELD = re.compile(r'^    (\w+): [^\n]+\n    """(.*?)"""', re.S | re.M)
 
 

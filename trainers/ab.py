@@ -308,7 +308,10 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
-    results = accuracy.results(teacher, data.steps_per_epoch, run.say)
+    # --- shared block: release ---
+    hub.release(run, total_steps, state, backbone)
+    # --- end shared block ---
+    results = run.attempt("top-1", accuracy.results, teacher, data.steps_per_epoch, run.say) or {}
     hub.finish(run, source, results)
     return results
 

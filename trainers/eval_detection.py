@@ -473,7 +473,7 @@ def main(args: Args) -> dict[str, float]:
         figures |= {f"{name}_{key}": value for key, value in precision.items()}
         run.say(f"{name}  " + "  ".join(f"{key} {value:.2f}" for key, value in precision.items()))
     if accelerator.is_main_process and args.pictures:
-        common.draw_objects(test, found, args.pictures, run.dir / "pictures")
+        run.attempt("--pictures", common.draw_objects, test, found, args.pictures, run.dir / "pictures")
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     counts = {"train_images": len(train), "query_images": len(test)}
     results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **counts, **figures, "flags": flags}

@@ -246,6 +246,10 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
+    # --- shared block: release ---
+    hub.release(run, total_steps, state, backbone)
+    # --- end shared block ---
+
     options = {"num_workers": args.num_workers}
     logits = common.extract_features(backbone, queries, recipe, args.image_size, accelerator, **options)
     top = min(5, num_classes)

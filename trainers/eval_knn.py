@@ -284,7 +284,7 @@ def main(args: Args) -> dict[str, float]:
         best = max(row, key=row.get)
         line = f"{label:<16}" + "".join(f"{row[k]:8.2f} " for k in shown)
         run.say(line + (f"  best {row[best]:.2f} at k={best}" if args.max_k else ""))
-    accelerator.log(figures, step=0)
+    run.attempt(f"--tracker {args.tracker}", accelerator.log, figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     images = {"gallery_images": len(gallery), "query_images": len(queries)}
     results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **images, **figures, "flags": flags}

@@ -486,7 +486,7 @@ def main(args: Args) -> dict[str, float]:
         if name in figures:
             run.say(f"{name:<22}{figures[name]:9.4g}")
     run.say(f"{figures['parameters'] / 1e6:.2f} M parameters, {figures['multiply_adds'] / 1e9:.3f} G multiply-adds")
-    accelerator.log(figures, step=0)
+    run.attempt(f"--tracker {args.tracker}", accelerator.log, figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     counts = {"query_images": len(rows), "pairs_outside_overlap": failed}
     results = {"checkpoint": args.checkpoint, **network.facts, "data": args.data, **counts, **figures, "flags": flags}

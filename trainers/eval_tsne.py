@@ -274,7 +274,7 @@ def main(args: Args) -> dict[str, float]:
                 for i, label, (x, y) in zip(readable, labels, points.tolist(), strict=True):
                     table.writerow((title, images.where(i), source.classes[label], x, y))
         run.say(f"pictures: {run.dir / 'tsne.png'}, {run.dir / 'tsne.pdf'}")
-    accelerator.log(figures, step=0)
+    run.attempt(f"--tracker {args.tracker}", accelerator.log, figures, step=0)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     counts = {"query_images": len(labels), "classes": [source.classes[number] for number in numbers]}
     results = {"checkpoint": " ".join(args.checkpoints), "data": args.data, **counts, **figures, "flags": flags}

@@ -359,7 +359,7 @@ def main(args: Args) -> dict[str, float]:
     common.check_positive(args, "eval_every")
     common.check_positive(args, "hint_layer", least=0)
     num_classes = common.count_classes(args.data, source)
-    queries = common.labelled_queries(args.data, source, queries)
+    _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
     place = {"device": device, "rank": rank, "world": world}
     data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
@@ -433,7 +433,10 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
-    results = accuracy.results(teacher, data.steps_per_epoch, run.say)
+    # --- shared block: release ---
+    hub.release(run, total_steps, state, backbone)
+    # --- end shared block ---
+    results = run.attempt("top-1", accuracy.results, teacher, data.steps_per_epoch, run.say) or {}
     hub.finish(run, source, results)
     return results
 

@@ -330,12 +330,11 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
-    results = {}
-    if queries is not None and source.labels is not None:
-        networks = {"untrained": untrained, "trained": backbone}
-        results = common.knn_table(
-            networks, source, queries, args.image_size, accelerator, num_workers=args.num_workers
-        )
+    # --- shared block: release ---
+    hub.release(run, total_steps, state, backbone)
+    # --- end shared block ---
+    networks = {"untrained": untrained, "trained": backbone}
+    results = hub.knn(run, networks, source, queries)
     hub.finish(run, source, results)
     return results
 

@@ -292,7 +292,7 @@ def main(args: Args) -> dict[str, float]:
         if value > 1:
             raise SystemExit(f"{flag} {value}: must be at most 1, a share of the wrong predictions")
     num_classes = common.count_classes(args.data, source)
-    queries = common.labelled_queries(args.data, source, queries)
+    _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(recipe, args.image_size) for recipe in common.rotations(common.RECIPES[args.augmentation])]
     data = common.Batches(
         source,
@@ -406,7 +406,10 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
-    results = accuracy.results(teacher, data.steps_per_epoch, run.say)
+    # --- shared block: release ---
+    hub.release(run, total_steps, state, backbone)
+    # --- end shared block ---
+    results = run.attempt("top-1", accuracy.results, teacher, data.steps_per_epoch, run.say) or {}
     hub.finish(run, source, results)
     return results
 

@@ -133,7 +133,7 @@ def main(args: Args) -> dict[str, float]:
     args, source, queries = common.open_data(args, run)
     # --- end shared block ---
     num_classes = common.count_classes(args.data, source)
-    queries = common.labelled_queries(args.data, source, queries)
+    _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
     data = common.Batches(
         source,
@@ -197,11 +197,18 @@ def main(args: Args) -> dict[str, float]:
             run.stop(step + 1)
         # --- end shared block ---
 
+    # --- shared block: release ---
+    hub.release(run, total_steps, state, backbone)
+    # --- end shared block ---
+
     results = {}
     if queries is not None:
         options = {"num_workers": args.num_workers}
-        results["top1"] = common.top1_accuracy(backbone, queries, args.image_size, accelerator, **options)
-        run.say(f"top-1 on {len(queries)} images of {queries.name}: {results['top1']:.2f} %")
+        look = common.top1_accuracy
+        top1 = run.attempt("top-1", look, backbone, queries, args.image_size, accelerator, **options)
+        if top1 is not None:
+            results["top1"] = top1
+            run.say(f"top-1 on {len(queries)} images of {queries.name}: {top1:.2f} %")
     hub.finish(run, source, results)
     return results
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from trainers.shared.files import figures as figures_of
+from trainers.shared.files import markdown, read_json, read_records, write_whole
+
 # Licences that ask no more than a notice of what is made from the work; any other known one is handed down to a student.
 PERMISSIVE = (
     "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "cc0-1.0", "cc-by-3.0",
@@ -63,18 +66,14 @@ def is_ours(architecture: str) -> bool:
     return timm.model_entrypoint(architecture).__module__.startswith("trainers.")
 
 
-def read_json(path: Path) -> dict:
-    """What a JSON file holds; nothing where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def write_card(folder: Path, run_dir: Path, step: int, evaluations: Sequence[Path] = ()) -> None:
+    """README.md of the release in `folder`, of the network of this step, and, if matplotlib is installed, training.png.
 
-
-def write_card(folder: Path, run_dir: Path, checkpoint: Path, evaluations: Sequence[Path] = ()) -> None:
-    """README.md of a release in `folder` and, if matplotlib is installed, training.png.
-
-    `evaluations` are run folders of evaluations of this checkpoint; their figures stand beside the run's own.
+    `evaluations` are run folders of evaluations of this checkpoint; their figures stand beside the run's own, which
+    are left out if they are another step's. Raises SystemExit for a damaged file in the run folder.
     """
     args, facts, data = (read_json(run_dir / f"{name}.json") for name in ("args", "environment", "data"))
-    config, method = read_json(checkpoint / "config.json"), facts.get("trainer", "unknown")
+    config, method = read_json(folder / "config.json"), facts.get("trainer", "unknown")
     data_name = _without_path(data.get("name") or args.get("data", "unknown"))
     parts = {
         **({teacher.get("role", "teacher"): teacher} if (teacher := read_json(run_dir / "teacher.json")) else {}),
@@ -86,8 +85,8 @@ def write_card(folder: Path, run_dir: Path, checkpoint: Path, evaluations: Seque
     figures = [
         (run.name if run in evaluations else method, figure, value)
         for run in (run_dir, *evaluations)
-        for figure, value in read_json(run / "results.json").items()
-        if isinstance(value, float)
+        if (found := read_json(run / "results.json")) and (run in evaluations or found.get("step", step) == step)
+        for figure, value in figures_of(found).items()
     ]
     results = _eval_results(figures, data_name)
     front = ModelCardData(
@@ -105,22 +104,24 @@ def write_card(folder: Path, run_dir: Path, checkpoint: Path, evaluations: Seque
     restricted = "\nNot for commercial use: a part that these weights come from forbids it.\n" if is_non_commercial(licence) else ""  # fmt: skip
     curve = "\n![training curve](training.png)\n" if draw_curve(run_dir, folder / "training.png") else ""
     flags = {k: _without_path(v) for k, v in args.items() if k not in ("run_dir", "config", "push_to_hub")}
-    (folder / "README.md").write_text(f"""---
+    write_whole(
+        folder / "README.md",
+        f"""---
 {front.to_yaml()}
 ---
-# {config["architecture"]}, {title}
+# {config["architecture"]}, {markdown(title)}
 
-Trained with cleandistill ({method}.py, step {int(checkpoint.name[5:])}, commit {facts.get("commit")}).
+Trained with cleandistill ({markdown(method)}.py, step {step}, commit {markdown(facts.get("commit"))}).
 
 | | |
 |---|---|
 | architecture | {config["architecture"]}, {config["num_features"]}-d features{f", {classes} classes" if classes else ""} |
-{"".join(f"| {name} | {_describe(part)} |" + chr(10) for name, part in parts.items())}
+{"".join(f"| {markdown(name)} | {markdown(_describe(part))} |" + chr(10) for name, part in parts.items())}
 ## Figures
 
 | from | figure | value |
 |---|---|---:|
-{"".join(f"| {where} | {figure} | {value:.2f} |" + chr(10) for where, figure, value in figures)}{curve}
+{"".join(f"| {markdown(where)} | {markdown(figure)} | {value:.2f} |" + chr(10) for where, figure, value in figures)}{curve}
 ## Loading
 
 With timm alone; x is (B, 3, {cfg["input_size"][1]}, {cfg["input_size"][2]}), normalised with mean {mean} and std {std}:
@@ -141,14 +142,15 @@ With cleandistill, to distil from it or to evaluate it: `--teacher ORG/NAME`, `-
 | part | licence |
 |---|---|
 | code | apache-2.0 |
-{"".join(f"| {name} | {part['licence']} |" + chr(10) for name, part in parts.items())}| **these weights** | **{licence}** |
+{"".join(f"| {markdown(name)} | {markdown(part['licence'])} |" + chr(10) for name, part in parts.items())}| **these weights** | **{markdown(licence)}** |
 {restricted}
 ## Flags
 
 ```json
 {json.dumps(flags, indent=1)}
 ```
-{citation}""")
+{citation}""",
+    )
 
 
 def _describe(part: dict) -> str:
@@ -187,7 +189,10 @@ def _eval_results(figures: list[tuple[str, str, float]], data: str) -> list[Eval
 
 def _title_and_citation(trainer: Path) -> tuple[str, str]:
     """A trainer's first line, and a BibTeX entry from it: TITLE (AUTHORS, VENUE YEAR, arXiv:ID)."""
-    doc = (ast.get_docstring(ast.parse(trainer.read_text())) or "") if trainer.exists() else ""
+    try:
+        doc = (ast.get_docstring(ast.parse(trainer.read_bytes())) or "") if trainer.exists() else ""
+    except (SyntaxError, ValueError):  # a damaged copy costs the title only
+        doc = ""
     title = doc.split("\n", 1)[0].rstrip(".")
     paper = re.match(
         r"(?P<title>.+?) \((?P<authors>[^,(]+), (?P<venue>[A-Z]\w+) (?P<year>\d{4})(?:, arXiv:(?P<id>[\d.]+))?", title
@@ -215,10 +220,11 @@ def _title_and_citation(trainer: Path) -> tuple[str, str]:
 
 def draw_curve(run_dir: Path, file: Path) -> bool:
     """The logged loss over the steps as a PNG; False without matplotlib (pip install -e .[plot]) or without a log."""
-    log = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+    lines = [(record["step"], figures_of(record)) for record in read_records(run_dir / "metrics.jsonl")]
     curves = {
-        k: [(m["step"], m[k]) for m in lines if k in m] for k in sorted({k for m in lines for k in m}) if "loss" in k
+        k: [(step, m[k]) for step, m in lines if k in m]
+        for k in sorted({k for _, m in lines for k in m})
+        if "loss" in k
     }
     try:
         from matplotlib.figure import Figure
@@ -226,13 +232,16 @@ def draw_curve(run_dir: Path, file: Path) -> bool:
         return False
     if not any(curves.values()):
         return False
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    try:
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        axes.set(xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+        figure.savefig(file, dpi=120)
+    except Exception:  # a picture is never worth a release
+        return False
     return True

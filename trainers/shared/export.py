@@ -24,10 +24,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import common
+from trainers.shared.files import one_line
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 OPSET = 20  # ONNX 1.15 and later
+MOST_PX = 4096  # a side; every library's memory ends not far above
 TOLERANCE = 1e-4  # of the largest feature
 
 
@@ -74,6 +76,8 @@ def export(
     if target.is_dir():
         raise SystemExit(f"--to {target}: is a folder; name a file in it")
     images = _labelled_images(int8_data, subset) if int8_data else None
+    if not isinstance(side, int) or not common.LEAST_PX <= side <= MOST_PX:
+        raise SystemExit(f"--image-size {one_line(side)}: must be between {common.LEAST_PX} and {MOST_PX} pixels")
     own = network.backbone.input_side or side
     if side != own:
         raise SystemExit(

@@ -9,14 +9,17 @@ import errno
 import hashlib
 import http.client
 import inspect
+import io
 import json
 import os
 import pathlib
+import pickletools
 import re
 import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -447,20 +450,56 @@ def read_foreign(path: Path) -> dict:
                 announced = sum(entry.file_size for entry in archive.infolist())
             if announced > 2 * path.stat().st_size + (1 << 20):
                 raise ValueError(f"unpacks to {announced / 1e9:.3g} GB")
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol, which says nothing to a user
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its reader meets first
-        text = str(error)
-        if "GLOBAL " in text:
+        named = str(error).split("GLOBAL ", 1)[1].split()[:1] if "GLOBAL " in str(error) else []
+        if name := "".join(named) or _runs_code(path):
             raise SystemExit(
-                f"{path}: refused, loading it would run code ({text.split('GLOBAL ', 1)[1].split()[0]}). If you trust it, "
-                "convert it once: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+                f"{path}: refused, loading it would run code ({name}). If you trust it, convert it once: "
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
             ) from None
-        reason = "no torch file" if "Unsupported operand" in text else common.first_line(error).split(". ")[0]
+        reason = "no torch file" if "Unsupported operand" in str(error) else common.first_line(error).split(". ")[0]
         raise SystemExit(f"{path}: not a whole checkpoint of torch's format ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise SystemExit(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _runs_code(path: Path) -> str:
+    """The first function or class, beyond torch's own, that a pickle of any protocol names; nothing is run for it."""
+    strings, memo = [], {}
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            data = path.read_bytes()
+        file = io.BytesIO(data)
+        while file.tell() < len(data):  # torch's format before the archives is several pickles in a row
+            for code, argument, _ in pickletools.genops(file):
+                if code.name in ("GLOBAL", "INST"):
+                    name = argument.replace(" ", ".")
+                elif code.name == "STACK_GLOBAL":
+                    name = ".".join(strings[-2:])
+                else:
+                    if "UNICODE" in code.name or "STRING" in code.name:
+                        strings.append(str(argument))
+                    elif code.name == "MEMOIZE":
+                        memo[len(memo)] = strings[-1] if strings else ""
+                    elif "PUT" in code.name:
+                        memo[argument] = strings[-1] if strings else ""
+                    elif code.name in ("BINGET", "LONG_BINGET", "GET"):
+                        strings.append(memo.get(argument, ""))
+                    continue
+                if not name.startswith(
+                    ("torch.", "collections.OrderedDict", "numpy.", "argparse.Namespace", "pathlib.")
+                ):
+                    return name
+    except Exception:  # damaged, or no pickle at all
+        pass
+    return ""
 
 
 def download(url: str, md5: str = "") -> Path:

@@ -24,6 +24,7 @@ from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 
 import common
+from trainers.shared.files import give_usual_mode, one_line, read_json, write_whole
 
 SKIPPED = 20  # steps in a row whose loss is not finite that fp16 may take; its scale has been halved as often
 
@@ -35,8 +36,12 @@ class Run:
     every generator and checks that the launcher's processes see each other. Raises SystemExit with the remedy.
     """
 
+    released: int | None = None  # the step whose network lies in release/
+    report_problem = ""
+
     def __init__(self, args, trainer_file: str, accelerator: Accelerator):
         self.dir, self.args, self.accelerator = Path(args.run_dir), args, accelerator
+        self.trainer = Path(trainer_file).stem
         world = accelerator.num_processes
         if world != int(os.environ.get("WORLD_SIZE", 1)):
             raise SystemExit(
@@ -117,6 +122,7 @@ class Run:
     def say(self, text: str) -> None:
         """One line on the terminal, from the main process, above the progress bar if there is one."""
         if self.accelerator.is_main_process:
+            text = text.encode(errors="backslashreplace").decode()  # file names need not be UTF-8
             tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
     # --- signals ---
@@ -273,9 +279,7 @@ class Run:
                 beside.mkdir()
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
                 if backbone is not None:
-                    view = {k: v for k, v in vars(self.args).items() if k in ("interpolation", "crop_pct")}
-                    save_backbone(beside, backbone, getattr(self.args, "image_size", 224), **view)
-                    save_head(beside, self._head(state, backbone))
+                    self.write_network(beside, state, backbone)
                 for file in beside.iterdir():
                     with open(file, "rb") as f:
                         os.fsync(f.fileno())
@@ -290,6 +294,13 @@ class Run:
             for old in checkpoints(self.dir)[self.args.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def write_network(self, folder: Path, state: dict, backbone: nn.Module) -> None:
+        """A release's model.safetensors, config.json and, if `state` has a head on `backbone`, head.safetensors."""
+        view = {k: v for k, v in vars(self.args).items() if k in ("interpolation", "crop_pct")}
+        facts = run_facts(vars(self.args), self.trainer)
+        save_backbone(folder, backbone, getattr(self.args, "image_size", 224), run=facts, **view)
+        save_head(folder, self._head(state, backbone))
 
     def _head(self, state: dict, backbone: nn.Module) -> nn.Module | None:
         """The projection head that is trained on this backbone, if the method has one."""
@@ -364,33 +375,65 @@ class Run:
         if self.accelerator.is_main_process:
             (self.dir / "teacher.json").write_text(json.dumps({**teacher.facts, "role": role}, indent=2) + "\n")
 
+    def attempt(self, what: str, call, *args, **options):
+        """What `call` returns; where it fails one line, and None. For all that only reports on a finished run."""
+        try:
+            return call(*args, **options)
+        except (Exception, SystemExit) as error:  # a plotting library's, a tracker's, memory, a full disk
+            self.say(f"{what}: failed, the run is whole ({one_line(common.first_line(error))})")
+            self.report_problem = self.report_problem or f"{what}: {one_line(common.first_line(error))}"
+            return None
+
     def finish(self, source: common.Source | common.Annotated | None, results: dict) -> None:
         """Close the log, write results.json and, where images could not be read, bad_images.txt.
 
-        results.json holds `results`, the trainer's name, the data's fingerprint and the versions: what a figure needs to
-        be believed later.
+        results.json holds `results`, the trainer's name, the step, the data's fingerprint, the versions, what a figure
+        needs to be believed later, and the first part of the report that failed. A run that has its release cannot fail here;
+        an evaluation, whose results these are, raises SystemExit.
         """
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self.accelerator.is_main_process:
-            facts = json.loads((self.dir / "environment.json").read_text())
-            record = {"trainer": facts["trainer"], **results}
-            if source is not None:
-                record["data_fingerprint"] = source.fingerprint()
-            record["versions"] = {k: facts[k] for k in ("commit", "python", "torch", "torchvision", "timm")}
-            (self.dir / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+            if self.released is None:
+                self._write_results(source, results)
+            else:
+                self.attempt("results.json", self._write_results, source, results)
             if source is not None and source.bad:
-                (self.dir / "bad_images.txt").write_text("".join(f"{why}\n" for why in source.bad.values()))
+                lines = "".join(f"{why}".replace("\n", "\\n") + "\n" for why in source.bad.values())
+                self.attempt("bad_images.txt", write_whole, self.dir / "bad_images.txt", lines)
                 self.say(f"{len(source.bad)} images could not be read: {self.dir / 'bad_images.txt'}")
         self.accelerator.wait_for_everyone()
         if self.args.tracker != "none":
-            self.accelerator.end_training()
+            self.attempt(f"--tracker {self.args.tracker}", self.accelerator.end_training)
+
+    def _write_results(self, source: common.Source | common.Annotated | None, results: dict) -> None:
+        facts = self.attempt("environment.json", read_json, self.dir / "environment.json") or {}
+        record = {"trainer": facts.get("trainer", "unknown"), **results}
+        if self.released is not None:
+            record["step"] = self.released
+        if source is not None:
+            record["data_fingerprint"] = self.attempt("the data's fingerprint", source.fingerprint)
+        record["versions"] = {k: facts.get(k) for k in ("commit", "python", "torch", "torchvision", "timm")}
+        if self.report_problem:
+            record["report_problem"] = self.report_problem
+        write_whole(self.dir / "results.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """A run's checkpoint folders, newest first."""
     return sorted((p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+
+def run_facts(args: dict, trainer: str | None) -> dict:
+    """What tells one run's checkpoints from another's that lies in its folder; never changes on --resume."""
+    data = Path(str(args.get("data", ""))).name
+    return {
+        "trainer": trainer,
+        "network": args.get("student", args.get("backbone")),
+        "data": data,
+        "seed": args.get("seed"),
+    }
 
 
 def _numpy_rng() -> dict:
@@ -399,11 +442,17 @@ def _numpy_rng() -> dict:
 
 
 def save_backbone(
-    folder: Path, backbone: nn.Module, image_size: int, interpolation: str = "bilinear", crop_pct: float | None = None
+    folder: Path,
+    backbone: nn.Module,
+    image_size: int,
+    interpolation: str = "bilinear",
+    crop_pct: float | None = None,
+    run: dict | None = None,
 ) -> None:
     """model.safetensors and config.json, as timm reads them; the view is the one that `common.eval_recipe` cuts."""
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    give_usual_mode(folder / "model.safetensors")
     cfg = backbone.pretrained_cfg
     num_classes = getattr(backbone, "num_classes", 0)
     side = getattr(backbone, "input_side", None)  # of a network that takes no other: timm builds it for input_size
@@ -426,6 +475,8 @@ def save_backbone(
     }
     if model_args := getattr(backbone, "model_args", None):
         config["model_args"] = model_args
+    if run is not None:
+        config["run"] = run
     if hasattr(backbone, "started_from"):
         config["started_from"] = backbone.started_from
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -438,3 +489,4 @@ def save_head(folder: Path, head: nn.Module | None) -> None:
     if any(list(m.parameters()) for m in leaves) and all(isinstance(m, known) for m in leaves):
         weights = {f"head.{k}": v.detach().cpu().contiguous().clone() for k, v in head.state_dict().items()}
         safetensors.torch.save_file(weights, folder / "head.safetensors", metadata={"format": "pt"})
+        give_usual_mode(folder / "head.safetensors")

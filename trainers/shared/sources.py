@@ -551,11 +551,46 @@ class OtherClasses:
         return self.order[torch.where(place < own, place, place + count)]
 
 
-def labelled_queries(data: str, train: Source, queries: Source | None) -> Source | None:
-    """The evaluation split with its labels in the training split's numbering; None where there are no labels to use."""
-    if queries is None or queries.labels is None or int(queries.labels.min()) < 0:
+def labelled_queries(
+    train: Source, queries: Source | None, say: Callable[[str], None], what: str = "evaluation"
+) -> tuple[Source, Source] | None:
+    """The images of both splits whose labels can be compared, numbered as in the training split; None where none can.
+
+    Classes are matched by name. Left out: images without a label (below 0), and evaluation images of a class that no
+    training image has, which nothing could name right. `say` gets one line for what is missing or left out.
+    """
+    if queries is None:
+        say(f"no {what}: the data has no split called val or test")
         return None
-    return labelled_pair(data, train, queries)[1]
+    for source, role in ((train, "training"), (queries, "evaluation")):
+        if source.labels is None or not bool((source.labels >= 0).any()):
+            say(f"no {what}: the {role} split ({source.name}) has no labels")
+            return None
+    labelled = train.labels >= 0
+    gallery = train if bool(labelled.all()) else train.take(labelled.nonzero()[:, 0].tolist())
+    known = {_class_name(gallery, i): i for i in gallery.labels.unique().tolist()}
+    numbers = queries.labels.new_full((int(queries.labels.max()) + 1,), -1)
+    for i in queries.labels.unique().tolist():
+        if i >= 0:
+            numbers[i] = known.get(_class_name(queries, i), -1)
+    labels = torch.where(queries.labels >= 0, numbers[queries.labels.clamp(min=0)], -1)
+    comparable = labels >= 0
+    if not bool(comparable.any()):
+        say(f"no {what}: {train.name} and {queries.name} have no class in common")
+        return None
+    unlabelled = int((queries.labels < 0).sum())
+    others = len(queries) - unlabelled - int(comparable.sum())
+    left_out = [f"{len(train) - len(gallery)} training images without a label"] if len(gallery) < len(train) else []
+    left_out += [f"{unlabelled} evaluation images without a label"] if unlabelled else []
+    left_out += [f"{others} evaluation images of classes that no training image has"] if others else []
+    if left_out:
+        say(f"{what}: left out {', '.join(left_out)}")
+    queries = dataclasses.replace(queries, labels=labels, classes=gallery.classes)
+    return gallery, queries if bool(comparable.all()) else queries.take(comparable.nonzero()[:, 0].tolist())
+
+
+def _class_name(source: Source, label: int) -> str:
+    return source.classes[label] if label < len(source.classes) else str(label)
 
 
 def labelled_pair(data: str, train: Source, queries: Source | None) -> tuple[Source, Source]:
