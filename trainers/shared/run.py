@@ -48,12 +48,13 @@ UNUSED = {
 def create_accelerator(args) -> Accelerator:
     """The launcher's devices, processes and precision, and nothing else of its: a run is a function of its flags.
 
-    Raises SystemExit for DeepSpeed, FSDP, Megatron-LM, fp8 and for a precision that this machine does not have.
+    Raises SystemExit for DeepSpeed, FSDP, Megatron-LM, fp8 and for settings that do not fit this machine.
     """
     asked = [
         name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() in ("true", "1", "yes")
     ]
-    asked += ["fp8"] if os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp8" else []
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked += [] if precision in ("no", "bf16", "fp16") else [f"precision {precision}"]
     if asked:
         raise SystemExit(
             f"the launcher asks for {' and '.join(asked)}, which changes what a run computes: launch with torchrun, "
@@ -519,7 +520,12 @@ class Run:
         return values
 
     def stop(self, step: int) -> None:
-        """End a run that was asked to stop, after its checkpoint: exit code 143, so that a scheduler requeues it."""
+        """End a run that was asked to stop, after its checkpoint: exit code 143, so that a scheduler requeues it.
+
+        A scheduler sees 143 where it runs `python trainers/...` itself, one process a GPU (srun does). torchrun waits for
+        the checkpoint and exits with 1; `accelerate launch` of one process is gone before it (-15, 143 in a shell) and the
+        trainer saves alone. Neither passes SIGUSR1 on: they die of it, and the trainer saves because its parent is gone.
+        """
         self.say(f"stopped by a signal after step {step}; --resume continues from {self.dir / f'step_{step:08d}'}")
         if self._bar is not None:
             self._bar.close()
