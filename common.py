@@ -40,6 +40,7 @@ from trainers.shared.boxes import (
 )
 from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
 from trainers.shared.fitting import fit_to_data, given_names, named_in, remember_given
+from trainers.shared.flags import stored_args
 from trainers.shared.folders import first_line
 from trainers.shared.networks import (
     IMAGENET_MEAN,
@@ -96,20 +97,28 @@ def parse_args(args_class: type, argv: Sequence[str] | None = None):
     """Resolve flags: dataclass defaults < `--config FILE.toml` < command line, with one strict parser for all three.
 
     With the embedded data set and no `--config`, `configs/<trainer>/digits.toml` is the file: the papers' schedules are
-    made for a million photographs. Raises SystemExit with one line that names the flag or key and the remedy.
+    made for a million photographs. With `--resume` the flags of the run folder's args.json are the defaults. Raises
+    SystemExit with one line that names the flag or key and the remedy.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
-    if given:
-        at = given[0]
+    trainer = Path(sys.modules[args_class.__module__].__file__).stem
+    configs = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
+    values = {}
+    if configs:
+        at = configs[0]
         name = "".join(argv[at + 1 : at + 2]) if argv[at] == "--config" else argv[at].partition("=")[2]
         if not name:
             raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
-        return _parse(args_class, argv, _read_config(args_class, Path(name)))
-    args = _parse(args_class, argv, args_class())
-    demo = ROOT / "configs" / Path(sys.modules[args_class.__module__].__file__).stem / "digits.toml"
-    if getattr(args, "data", None) == "digits" and demo.exists():
-        return _parse(args_class, argv, remember_given(_read_config(args_class, demo), ()))  # nobody gave these flags
+        values = _read_config(args_class, Path(name))
+    given = remember_given(args_class(**values), values)
+    args = _parse(args_class, argv, given)
+    if getattr(args, "resume", False) and (stored := stored_args(args.run_dir, trainer)):
+        known = {key: value for key, value in stored.items() if key in vars(args) and key not in ("run_dir", "resume")}
+        typed = _checked(args_class, {k: v for k, v in known.items() if v is not None}, f"{args.run_dir}/args.json: ")
+        return _parse(args_class, argv, remember_given(args_class(**(known | typed | values)), {*known, *values}))
+    demo = ROOT / "configs" / trainer / "digits.toml"
+    if not configs and getattr(args, "data", None) == "digits" and demo.exists():  # nobody gave its flags
+        return _parse(args_class, argv, remember_given(args_class(**_read_config(args_class, demo)), ()))
     return args
 
 
@@ -121,7 +130,7 @@ def _read_config(args_class: type, path: Path):
         raise SystemExit(f"--config {path}: {error.strerror or error}; the shipped ones are in configs/") from None
     except ValueError as error:  # not TOML, or not even text
         raise SystemExit(f"--config {path}: not valid TOML: {error}") from None
-    defaults, argv = vars(args_class()), []
+    defaults = vars(args_class())
     for key, value in values.items():
         if key not in defaults:
             close = difflib.get_close_matches(key, defaults, n=1)
@@ -130,14 +139,21 @@ def _read_config(args_class: type, path: Path):
         if isinstance(value, dict) or isinstance(value, bool) != isinstance(defaults[key], bool):
             wanted = "true or false" if isinstance(defaults[key], bool) else "a number, a text or a list"
             raise SystemExit(f"--config {path}: {key} = {value!r}: must be {wanted}")
+    return {**_checked(args_class, values, f"--config {path}: "), "config": path}
+
+
+def _checked(args_class: type, values: dict, where: str) -> dict:
+    """Values of TOML or JSON in the types of the flags, as the command line's own parser gives them."""
+    argv = []
+    for key, value in values.items():
         if isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, list):
             argv += [f"--{key}", *map(str, value)]
         else:
             argv.append(f"--{key}={value}")
-    args = _parse(args_class, argv, args_class(), where=f"--config {path}: ")
-    return remember_given(dataclasses.replace(args, config=path), {*values, "config"})
+    args = _parse(args_class, argv, args_class(), where=where)
+    return {key: getattr(args, key) for key in values}
 
 
 def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
@@ -622,7 +638,6 @@ def create_optimizer(
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a network, channels last: convolutions are faster so on GPUs and on CPUs (MobileNetV3 by half)."""
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # views have one size or two
     return model.to(device, memory_format=torch.channels_last)
 
 

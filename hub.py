@@ -33,6 +33,7 @@ import safetensors.torch
 import timm
 import torch
 import tyro
+from filelock import Timeout
 from torch import Tensor, nn
 
 import common
@@ -51,7 +52,7 @@ from trainers.shared.official import (
     open_foreign,
     read_config,
 )
-from trainers.shared.run import Run, checkpoints, run_facts
+from trainers.shared.run import Run, checkpoints, create_accelerator, hold, run_facts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers
@@ -319,19 +320,47 @@ def _rows(weight: Tensor | None, otherwise: int) -> int:
 
 
 def digits_teacher(run: Run) -> str:
-    """The embedded data's own small teacher: trained once, next to the run, by trainers/supervised.py."""
+    """The embedded data's own small teacher: trained once, next to the run, by trainers/supervised.py.
+
+    Runs that need it at the same time wait for the one that trains it; a half-trained one is resumed next time.
+    """
     folder = run.dir.parent / "digits_teacher"
-    if run.accelerator.is_main_process and not (folder / "release" / "config.json").exists():
-        run.say(f"no --teacher: training a small supervised one first, kept in {folder} for next time")
-        shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, str(common.ROOT / "trainers" / "supervised.py"), "--run-dir", str(folder)]
-        outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-        env = {k: v for k, v in os.environ.items() if k not in outer}
-        done = subprocess.run(command, env=env)
-        if done.returncode:
-            raise SystemExit(f"the teacher's training failed (exit code {done.returncode}): {' '.join(command)}")
+    if run.accelerator.is_main_process and not _is_released(folder):
+        beside = folder.with_name(".digits_teacher.lock")
+        try:
+            lock = hold(beside)
+        except Timeout:
+            run.say(f"no --teacher: another run is training the small one in {folder}: waiting for it")
+            lock = hold(beside, timeout=-1)
+        try:
+            if not _is_released(folder):
+                run.say(f"no --teacher: training a small supervised one first, kept in {folder} for next time")
+                _train_digits_teacher(folder)
+        finally:
+            if lock is not None:
+                lock.release(force=True)
     run.accelerator.wait_for_everyone()
     return str(folder)
+
+
+def _is_released(folder: Path) -> bool:
+    return (folder / "release" / "config.json").exists()
+
+
+def _train_digits_teacher(folder: Path) -> None:
+    command = [sys.executable, str(common.ROOT / "trainers" / "supervised.py"), "--run-dir", str(folder), "--resume"]
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    child = subprocess.Popen(command, env={k: v for k, v in os.environ.items() if k not in outer})
+    try:
+        code = child.wait()
+    except BaseException:  # a signal: passed on, so that what is trained so far is saved
+        child.terminate()
+        child.wait()
+        raise
+    if code in (130, 143):  # the signal reached it first, as Ctrl-C does
+        raise SystemExit(code)
+    if code:
+        raise SystemExit(f"the teacher's training failed (exit code {code}): {' '.join(command)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

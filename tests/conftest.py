@@ -74,8 +74,8 @@ def precision(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _signal_handlers():
-    """A trainer called in this process takes SIGTERM and SIGUSR1 for itself; give them back."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    """A trainer called in this process takes SIGTERM, SIGUSR1 and SIGINT for itself; give them back."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):

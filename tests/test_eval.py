@@ -582,7 +582,6 @@ ERRORS = [
     (BOTH[1:], {"base_lrs": (0.1, 0.1)}, "--base-lrs: give one learning rate or several different"),
     (BOTH[1:], {"base_lrs": ()}, "--base-lrs: give one"),
     (BOTH[1:], {"batch_size": 601}, "--batch-size 601: larger than the 600 images"),
-    (BOTH[1:], {"resume": True}, "--resume: no whole checkpoint"),
 ]
 
 

@@ -99,4 +99,6 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, tiny_teacher):
     assert [f.name for f in hub.checkpoints(tmp_path / "run")] == [f"step_0000000{i}" for i in (8, 7, 6)]
     facts = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert facts["num_processes"] == 1 and (tmp_path / "run" / "supervised.py").exists()
-    assert not [p for p in os.listdir(tmp_path / "run") if p.startswith(".")], "nothing half-written stays"
+    assert not [p for p in os.listdir(tmp_path / "run") if p.startswith(".") and p != ".lock"], (
+        "nothing half-written stays"
+    )

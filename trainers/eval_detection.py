@@ -64,7 +64,7 @@ class Args:
     seed: int = 0
     """seeds weights, data order and views; equal flags on one machine give equal losses"""
     resume: bool = False
-    """continue exactly from the newest checkpoint in run_dir; refuses to start if there is none"""
+    """continue exactly from run_dir's newest checkpoint, with its flags; at step 0 if it has none yet"""
     save_every: int = 1000
     """steps between checkpoints; one more is written at the end and on SIGTERM"""
     keep: int = 2
@@ -386,11 +386,7 @@ def check_flags(args: Args) -> None:
 
 def main(args: Args) -> dict[str, float]:
     # --- shared block: setup ---
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.run_dir,
-    )
+    accelerator = hub.create_accelerator(args)
     run = hub.Run(args, __file__, accelerator)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     # --- end shared block ---

@@ -31,7 +31,6 @@ from typing import Literal
 import safetensors
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # before PyPI's common and hub
@@ -203,11 +202,7 @@ def features_of(
 
 def main(args: Args) -> dict[str, float]:
     # --- shared block: setup ---
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.run_dir,
-    )
+    accelerator = hub.create_accelerator(args)
     run = hub.Run(args, __file__, accelerator)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     # --- end shared block ---

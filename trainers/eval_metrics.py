@@ -397,11 +397,7 @@ def cost(network: nn.Module, size: int, runs: int, threads: int) -> dict[str, fl
 
 def main(args: Args) -> dict[str, float]:
     # --- shared block: setup ---
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.run_dir,
-    )
+    accelerator = hub.create_accelerator(args)
     run = hub.Run(args, __file__, accelerator)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     # --- end shared block ---

@@ -29,7 +29,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -185,11 +184,7 @@ def shortened(text: str, length: int) -> str:
 
 def main(args: Args) -> dict[str, float]:
     # --- shared block: setup ---
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.run_dir,
-    )
+    accelerator = hub.create_accelerator(args)
     run = hub.Run(args, __file__, accelerator)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     # --- end shared block ---

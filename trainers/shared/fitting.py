@@ -8,6 +8,9 @@ from functools import partial
 
 from trainers.shared.sources import Source, available_cores
 
+FITTED = frozenset(
+    "batch_size group_size bn_group_size queue_length num_workers k topk perplexity crd_negatives".split()
+)
 _GIVEN: dict[int, tuple[weakref.ref, frozenset[str]]] = {}  # by the id of flags that were parsed
 
 
