@@ -39,9 +39,10 @@ from trainers.shared.boxes import (
     usable_objects,
 )
 from trainers.shared.cifar_zoo import OFFICIAL_NAMES, ZOO, CifarMobileNetV2, CifarNetwork, CifarResNet, WideResNet
-from trainers.shared.fitting import fit_to_data, given_names, named_in, remember_given
-from trainers.shared.flags import stored_args
+from trainers.shared.fitting import fit_to_data
+from trainers.shared.flags import ROOT, check_above_zero, check_positive, check_share, parse_args
 from trainers.shared.folders import first_line
+from trainers.shared.knn import StoredFeatures, knn_accuracy, readable_rows
 from trainers.shared.networks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -86,95 +87,6 @@ from trainers.shared.views import (
 )
 from trainers.shared.workers import read_batches
 
-ROOT = Path(__file__).resolve().parent
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def parse_args(args_class: type, argv: Sequence[str] | None = None):
-    """Resolve flags: dataclass defaults < `--config FILE.toml` < command line, with one strict parser for all three.
-
-    With the embedded data set and no `--config`, `configs/<trainer>/digits.toml` is the file: the papers' schedules are
-    made for a million photographs. With `--resume` the flags of the run folder's args.json are the defaults. Raises
-    SystemExit with one line that names the flag or key and the remedy.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    trainer = Path(sys.modules[args_class.__module__].__file__).stem
-    configs = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
-    values = {}
-    if configs:
-        at = configs[0]
-        name = "".join(argv[at + 1 : at + 2]) if argv[at] == "--config" else argv[at].partition("=")[2]
-        if not name:
-            raise SystemExit("--config needs a file: --config configs/<trainer>/<name>.toml")
-        values = _read_config(args_class, Path(name))
-    given = remember_given(args_class(**values), values)
-    args = _parse(args_class, argv, given)
-    if getattr(args, "resume", False) and (stored := stored_args(args.run_dir, trainer)):
-        known = {key: value for key, value in stored.items() if key in vars(args) and key not in ("run_dir", "resume")}
-        typed = _checked(args_class, {k: v for k, v in known.items() if v is not None}, f"{args.run_dir}/args.json: ")
-        return _parse(args_class, argv, remember_given(args_class(**(known | typed | values)), {*known, *values}))
-    demo = ROOT / "configs" / trainer / "digits.toml"
-    if not configs and getattr(args, "data", None) == "digits" and demo.exists():  # nobody gave its flags
-        return _parse(args_class, argv, remember_given(args_class(**_read_config(args_class, demo)), ()))
-    return args
-
-
-def _read_config(args_class: type, path: Path):
-    """Flags with the file's values, checked by the command line's own parser, and the path itself as `config`."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise SystemExit(f"--config {path}: {error.strerror or error}; the shipped ones are in configs/") from None
-    except ValueError as error:  # not TOML, or not even text
-        raise SystemExit(f"--config {path}: not valid TOML: {error}") from None
-    defaults = vars(args_class())
-    for key, value in values.items():
-        if key not in defaults:
-            close = difflib.get_close_matches(key, defaults, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "the keys are the flags that --help lists"
-            raise SystemExit(f"--config {path}: unknown key {key!r}; {hint}")
-        if isinstance(value, dict) or isinstance(value, bool) != isinstance(defaults[key], bool):
-            wanted = "true or false" if isinstance(defaults[key], bool) else "a number, a text or a list"
-            raise SystemExit(f"--config {path}: {key} = {value!r}: must be {wanted}")
-    return {**_checked(args_class, values, f"--config {path}: "), "config": path}
-
-
-def _checked(args_class: type, values: dict, where: str) -> dict:
-    """Values of TOML or JSON in the types of the flags, as the command line's own parser gives them."""
-    argv = []
-    for key, value in values.items():
-        if isinstance(value, bool):
-            argv.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
-            argv += [f"--{key}", *map(str, value)]
-        else:
-            argv.append(f"--{key}={value}")
-    args = _parse(args_class, argv, args_class(), where=where)
-    return {key: getattr(args, key) for key in values}
-
-
-def _parse(args_class: type, argv: Sequence[str], default, where: str = ""):
-    """tyro, with its boxed message folded into one line."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            args = tyro.cli(args_class, args=argv, default=default)
-        return remember_given(args, named_in(argv) | given_names(default))
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
-        ruled = "\n".join("" if set(line) <= {"─", "-"} else line for line in lines[1:])
-        message = ruled.strip().split("\n\n")[0].replace("\n", " ")
-        close = [line.split()[0].rstrip(",") for line in lines if line.startswith("--")]
-        wrong = message.removeprefix("Unrecognized options: ").partition(",")[0]
-        close = difflib.get_close_matches(wrong, close, n=2, cutoff=0.4) if wrong.startswith("--") else []
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise SystemExit(f"{where}{message}; {hint}--help lists the flags") from None
-
 
 def source_options(args) -> dict:
     """What `open_source` takes of the data flags, whichever split is opened."""
@@ -197,29 +109,6 @@ def open_data(args, run) -> tuple:
     source = open_source(args.data, "train", split=args.split, subset=args.subset, seed=args.seed, **options)
     queries = open_source(args.data, "eval", split=query_split, train_split=args.split, **options)
     return fit_to_data(args, source, run, queries), source, queries
-
-
-def check_positive(args, *names: str, least: int = 1) -> None:
-    """Stop with one line if any of these flags, where the trainer has them, is below 1 or `least`."""
-    for name in names:
-        if getattr(args, name, least) < least:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-
-
-def check_share(args, *names: str) -> None:
-    """Stop with one line if any of these pairs of flags is given and no range within (0, 1]."""
-    for name in names:
-        if (pair := getattr(args, name)) is not None and not 0 < pair[0] <= pair[1] <= 1:
-            raise SystemExit(
-                f"--{name.replace('_', '-')} {pair[0]} {pair[1]}: must be a share above 0 and one up to 1 that is not less"
-            )
-
-
-def check_above_zero(args, *names: str) -> None:
-    """Stop with one line if any of these flags is given and not above 0."""
-    for name in names:
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -729,51 +618,6 @@ def extract_features(
     return features
 
 
-def readable_rows(features: Tensor) -> Tensor:
-    """(N,) bool: which rows of `extract_features` are of an image, not all NaN for one that could not be read."""
-    return ~features.isnan().all(1)
-
-
-class StoredFeatures:
-    """(N, D) float32 rows of an open, unbuffered file from byte `start` on, read and written in slices.
-
-    No more of them is in memory than a caller holds. `change` is applied to every slice that is read.
-    """
-
-    def __init__(self, file: io.RawIOBase, start: int, shape: Sequence[int], change: Callable | None = None):
-        self.file, self.start, self.shape, self.change = file, start, tuple(shape), change
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        first, last, _ = rows.indices(len(self))
-        values = torch.empty(last - first, self.shape[1], dtype=torch.float32)
-        left = self._at(first, values)
-        while left:  # one call moves 2 GiB at most
-            read = self.file.readinto(left)
-            if not read:
-                raise SystemExit(f"{self.file.name}: cut short; delete it")
-            left = left[read:]
-        return values if self.change is None else self.change(values)
-
-    def __setitem__(self, rows: Tensor, values: Tensor) -> None:
-        """`rows` are consecutive. Raises SystemExit where the disk is full."""
-        left = self._at(int(rows[0]), values.contiguous())
-        try:
-            while left:
-                left = left[self.file.write(left) :]
-        except OSError as error:
-            raise SystemExit(f"{self.file.name}: not written ({error.strerror}); choose another place") from None
-
-    def _at(self, row: int, values: Tensor) -> memoryview:
-        self.file.seek(self.start + 4 * self.shape[1] * row)
-        return memoryview(values.numpy()).cast("B")
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> "StoredFeatures":
-        return StoredFeatures(self.file, self.start, self.shape, change)
-
-
 def fingerprint(network: nn.Module) -> str:
     """A checksum of a network's weights and buffers."""
     crc = 0
@@ -857,76 +701,6 @@ def knn_table(
         for name, value in accuracy.items():
             print(f"  {name[4:]:<20} {value:6.2f} %")
     return accuracy
-
-
-@torch.no_grad()
-def knn_accuracy(
-    gallery: Tensor | StoredFeatures,
-    gallery_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    k: int | Sequence[int] = 20,
-    *,
-    temperature: float = 0.07,
-    vote: Literal["weighted", "majority"] = "weighted",
-    metric: Literal["cosine", "euclidean"] = "cosine",
-    chunk: int = 1024,
-) -> float | dict[int, float]:
-    """Top-1 accuracy in percent of k-nearest-neighbour classification; for several k a dict {k: accuracy}.
-
-    gallery (N, D), queries (M, D), labels (N,) and (M,). "weighted" votes with exp(similarity / temperature) (Wu et al.
-    2018, arXiv:1805.01978, Sec. 3.4), similarity being the cosine or minus the squared distance; "majority" counts
-    each neighbour once. Equal votes go to the smallest label. Exact; memory is bounded by `chunk` x 10,000 scores
-    and 32 MiB of features at a time, whatever the gallery. Images that could not be read, a row of NaN each, are left
-    out on both sides. Raises ValueError for a k above N.
-    """
-    ks = [k] if isinstance(k, int) else list(k)
-    if max(ks) > len(gallery):
-        raise ValueError(f"k = {max(ks)} neighbours of a gallery of {len(gallery)}")
-    asked = readable_rows(queries)
-    if not asked.all():
-        queries, query_labels = queries[asked], query_labels[asked.to(query_labels.device)]
-    num_classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
-    best, neighbour = _nearest(gallery, queries, max(ks), metric, chunk)  # (M, max k) each
-    # relative to the nearest neighbour: only ratios count, and exp overflows below temperature 0.012
-    weight = ((best - best[:, :1]) / temperature).exp() if vote == "weighted" else (best > -torch.inf).to(best.dtype)
-    correct = dict.fromkeys(ks, 0)
-    for w, near, target in zip(weight.split(chunk), neighbour.split(chunk), query_labels.split(chunk), strict=True):
-        label = gallery_labels.to(w.device)[near]
-        for number in ks:
-            votes = w.new_zeros(len(w), num_classes).scatter_add_(1, label[:, :number], w[:, :number])
-            correct[number] += int((votes.argmax(1) == target.to(w.device)).sum())
-    accuracy = {number: 100.0 * hits / max(1, len(queries)) for number, hits in correct.items()}
-    return accuracy[k] if isinstance(k, int) else accuracy
-
-
-def _nearest(
-    gallery: Tensor | StoredFeatures, queries: Tensor, k: int, metric: str, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """The k greatest similarities of every query and where in the gallery they are, both (M, k), best first."""
-    best = queries.new_full((len(queries), k), -torch.inf)
-    neighbour = torch.zeros_like(best, dtype=torch.long)
-    block = min(10_000, max(1, 2**23 // queries.shape[1]))
-    # one buffer for all products: new memory each time costs a third
-    scores = queries.new_empty(min(chunk, len(queries)), min(block, len(gallery)))
-    for start in range(0, len(gallery), block):
-        part = gallery[start : start + block].to(queries.device)
-        part = F.normalize(part, dim=1) if metric == "cosine" else part
-        readable = readable_rows(part)
-        missing = None if readable.all() else ~readable
-        for at in range(0, len(queries), chunk):
-            rows = slice(at, at + chunk)
-            query = F.normalize(queries[rows], dim=1) if metric == "cosine" else queries[rows]
-            score = torch.mm(query, part.T, out=scores[: len(query), : len(part)])
-            if metric == "euclidean":
-                score.mul_(2).sub_(part.square().sum(1)).sub_(query.square().sum(1, keepdim=True))
-            if missing is not None:
-                score[:, missing] = -torch.inf
-            top, index = score.topk(min(k, len(part)), dim=1)
-            found = torch.cat([neighbour[rows], index + start], 1)
-            best[rows], order = torch.cat([best[rows], top], 1).topk(k, dim=1)
-            neighbour[rows] = found.gather(1, order)
-    return best, neighbour
 
 
 def z_std(z: Tensor) -> Tensor:
