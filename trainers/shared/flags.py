@@ -57,7 +57,7 @@ def changed_flag(args, stored: dict) -> str:
 
 
 def _place(value):
-    """A text as the path that it may be: runs/a, ./runs/a and /home/me/runs/a are one."""
+    """A text as the path that it may be: runs/a, ./runs/a and the absolute one are the same."""
     return os.path.realpath(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
