@@ -42,7 +42,7 @@ import common
 from trainers.shared.card import contradicts, is_ours, read_licence, set_licence, write_card
 from trainers.shared.export import SUFFIXES, export
 from trainers.shared.files import figures as figures_of
-from trainers.shared.files import markdown, one_line, read_json, read_records, write_whole
+from trainers.shared.files import give_usual_mode, markdown, one_line, read_json, read_records, write_whole
 from trainers.shared.official import (
     HOW_TO_GET_A_TEACHER,
     TEACHERS,
@@ -442,7 +442,8 @@ def build_release(run_dir: str | Path, evaluations: Sequence[str | Path] = ()) -
     def put(folder: Path) -> None:
         for name in ("model.safetensors", "config.json", "head.safetensors"):
             if (newest / name).exists():
-                shutil.copyfile(newest / name, folder / name)  # not its mode
+                shutil.copy(newest / name, folder)
+                give_usual_mode(folder / name)
 
     step = int(newest.name[5:])
     return _make_release(run_dir, put, partial(write_card, run_dir=run_dir, step=step, evaluations=evaluations))
@@ -489,7 +490,7 @@ def _make_release(run_dir: Path, put: Callable[[Path], None], card: Callable[[Pa
         if before.exists() and filecmp.cmp(before, beside / "model.safetensors", shallow=False):
             for file in folder.iterdir():
                 if file.is_file() and not (beside / file.name).exists():
-                    shutil.copyfile(file, beside / file.name)
+                    shutil.copy(file, beside)
         if folder.exists():
             os.replace(folder, aside)
         os.replace(beside, folder)

@@ -23,9 +23,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
-        raise SystemExit(
-            f"{path}: not written ({error.strerror}); free space there, or choose another place"
-        ) from None
+        raise SystemExit(f"{path}: {error.strerror}, not written; free space there, or choose another place") from None
 
 
 def give_usual_mode(path: Path) -> None:
