@@ -455,7 +455,7 @@ def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
         config = read_json(checkpoint / "config.json")
         if not config:
             return "no config.json"
-        network = _load_folder(checkpoint, config.get("num_classes") or 0, {}).backbone
+        network = _load_folder(checkpoint, config.get("num_classes") or 0, None, {}).backbone
         if config.get("num_features") != network.num_features:
             return f"config.json says {config.get('num_features')} features, its network has {network.num_features}"
         if not all(bool(v.isfinite().all()) for v in network.state_dict().values()):

@@ -72,7 +72,7 @@ def regenerate(recipe: str) -> np.ndarray:
 class RecordedBatches:
     """Stands in for common.Batches: step i's views from an array, all steps inside one given epoch of `epochs`."""
 
-    resident = True
+    resident, kept = True, "recorded"
 
     def __init__(self, images: np.ndarray, patches: np.ndarray | None, epoch: int, epochs: float):
         self.images, self.at, self.views = torch.from_numpy(images).double(), epoch, [(None, images.shape[-1])]
@@ -167,7 +167,7 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
         run_dir = Path(folder) / "run"
         args = trainer.Args(**{**{k: v for k, v in known.items() if k in fields}, "run_dir": run_dir, **flags})
         batches = RecordedBatches(images, patches, epoch, args.epochs)
-        source = mock.MagicMock(labels=None, bad={}, __len__=lambda _: 10**6, fingerprint=lambda: "recorded")
+        source = mock.MagicMock(labels=None, no_labels="", notes=(), bad={}, __len__=lambda _: 10**6, fingerprint=lambda: "recorded")
         replacements = [
             (common, "open_source", lambda data, role="train", **_: source if role == "train" else None),
             (common, "Batches", lambda *_, **__: batches),

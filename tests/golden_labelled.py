@@ -53,7 +53,7 @@ def initialise(model: nn.Module, prefix: str = "", rounded: bool = True) -> nn.M
 class RecordedBatches:
     """Stands in for common.Batches: the same recorded batch at every step, all in epoch 0."""
 
-    resident, steps_per_epoch = True, 1000
+    resident, kept, steps_per_epoch = True, "recorded", 1000
 
     def __init__(self, views: list[torch.Tensor], labels: torch.Tensor, indices: torch.Tensor, source: common.Source):
         self.recorded, self.source = common.Batch(views, labels, indices), source

@@ -83,8 +83,16 @@ def classifier(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory) -> Path:
+    """The same of a CIFAR network."""
+    folder = tmp_path_factory.mktemp("zoo") / "run"
+    make_run(folder, make_backbone("resnet20", num_classes=2))
+    return folder
+
+
 @pytest.fixture
-def train(tmp_path, photos, teacher, classifier):
+def train(tmp_path, photos, teacher, classifier, zoo):
     """Run a trainer in this process: two steps of the smallest network, unless the flags say otherwise."""
 
     def run(name: str, **flags) -> dict[str, float]:
@@ -96,6 +104,8 @@ def train(tmp_path, photos, teacher, classifier):
             usual |= {"teacher": teacher}
         if name in runs.LABELLED and "teacher" in fields(name):
             usual |= {"teacher": classifier}
+        if name == "ab":  # for CIFAR networks only
+            usual |= {"teacher": zoo, "student": "resnet20"}
         if name in ("moco", "seed", "disco", "rkd"):
             usual |= {"queue_length": 2 * int(flags.get("batch_size", 8)), "bn_group_size": 0}
         if name in ("swav", "swav_disco"):

@@ -568,7 +568,7 @@ ERRORS = [
     (BOTH, {"checkpoint": "nowhere"}, "--checkpoint nowhere: no such file, folder or name"),
     (BOTH, {"checkpoint": "PARTIAL"}, r"does not fit test_resnet: 1 missing \(conv1.0.weight\)"),
     (BOTH, {"features": "head"}, "--features head: .* holds no projection head"),
-    (BOTH, {"data": UNLABELLED}, "no labels to evaluate with; class folders or --label-column"),
+    (BOTH, {"data": UNLABELLED}, "no labels to evaluate with .no class folders.; class folders or --label-column"),
     (BOTH, {"data": SINGLE}, "no split to evaluate on; .* --query-split"),
     (BOTH, {"data": STRANGER}, "1 classes to evaluate on are not in the training split: emu"),
     (BOTH, {"query_split": "nope"}, "--query-split nope: digits has train, test"),
