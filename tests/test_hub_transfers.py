@@ -120,7 +120,7 @@ def test_an_uploaders_full_disk_keeps_the_run_and_the_release_before(tmp_path):
     worked, message = said(done)["push"]
     assert not worked and "python hub.py build" in message and "\n" not in message
     assert (tmp_path / "run" / "release" / "README.md").read_text() == card
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")) == []
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")) == [".lock"]
 
 
 def test_a_busy_hub_is_asked_again_and_in_the_end_named_as_busy(tmp_path):
