@@ -338,6 +338,7 @@ def main(args: Args) -> dict[str, float]:
     teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run), image_size=args.image_size)
     run.record_teacher(teacher)
     common.to_device(teacher, device)
+    common.prepare_frozen(teacher.backbone, accelerator, args.image_size, fold=args.teacher_bn == "running")
     backbone = common.create_backbone(args.student, image_size=args.image_size, small_images=args.small_images)
     if args.init_from:
         hub.load_weights(backbone, args.init_from)
@@ -351,7 +352,7 @@ def main(args: Args) -> dict[str, float]:
     keep_map = args.attention_weight > 0
     if keep_map:
         x = torch.zeros(1, 3, args.image_size, args.image_size)
-        with torch.no_grad():
+        with torch.no_grad(), accelerator.autocast():
             maps = [
                 features_and_map(n, x.to(n.input_mean), True)[1].shape for n in (backbone.eval(), teacher.backbone)
             ]

@@ -237,7 +237,7 @@ def main(args: Args) -> dict[str, float]:
         raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/simsiam.py")
     teacher = hub.load_teacher(args.teacher or hub.digits_teacher(run), image_size=args.image_size)
     run.record_teacher(teacher)
-    common.to_device(teacher, device)
+    common.prepare_frozen(common.to_device(teacher, device).backbone, accelerator, args.image_size)
     backbone = common.create_backbone(
         args.student, image_size=[side for _, side in views], small_images=args.small_images
     )
