@@ -6,20 +6,23 @@ there stays. Without a C++ compiler, or on a torch that the stand-in does not fi
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from runs import ENV, TRAINERS, made_once, metrics, tiny_flags
+from runs import ENV, TRAINERS, made_once, metrics, tiny_flags, tiny_run
 
 import common
+import hub
 
 PRECISIONS = ["no", "bf16", "fp16"]
 BF16_VIEWS = {"seed": "small-patch-size", "swav": "small-crop-size", "swav_disco": "small-crop-size"}
 ON_TWO = ["smd", "seed", "disco", "rkd", "swav", "moco", "simsiam", "supervised", "crd"]
 EVALS = {"eval_knn": {}, "eval_linear": {}, "eval_metrics": {"latency-runs": 0}, "eval_tsne": {}}
+RESUMED = [("simsiam", "no"), ("simsiam", "fp16"), ("swav", "no")]  # SGD and LARS
 SPOILT = {  # what the device must notice -> trainer, text, sabotage
     "labels on the host": (
         "supervised",
@@ -29,6 +32,12 @@ SPOILT = {  # what the device must notice -> trainer, text, sabotage
     "a number read in a step": ("simsiam", "run.watch(step, loss)", "run.watch(step, loss), loss.item()"),
     "a queue on the host": ("moco", "dim).to(device)", "dim)"),
 }
+
+
+def forget_after(run_dir, step: int) -> None:
+    for checkpoint in hub.checkpoints(run_dir):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
 
 
 def run(folder, cases: list[dict], processes: int) -> None:
@@ -60,7 +69,7 @@ def case(folder, name: str, trainer: str, teacher, precision: str, **changes) ->
         }
         words = [str(word) for key, value in {**flags, **steps, **changes}.items() for word in (f"--{key}", value)]
     else:
-        words = tiny_flags(trainer, folder / name, teacher, **steps, **changes)
+        words = tiny_flags(trainer, folder / name, teacher, **{**steps, **changes})
     return {"name": name, "trainer": trainer, "words": words, "precision": precision}
 
 
@@ -71,6 +80,12 @@ def seen(tmp_path_factory, tiny_teacher) -> dict:
     def make(folder):
         cases = [case(folder, f"{t} {p}", t, tiny_teacher, p) for t in TRAINERS for p in PRECISIONS]
         cases += [case(folder, f"{t} {p}", t, tiny_teacher, p) for t in EVALS for p in ("no", "bf16")]
+        for trainer, precision in RESUMED:  # on the device, from a checkpoint of the CPU
+            run_dir = folder / f"{trainer} resumed {precision}"
+            tiny_run(trainer, run_dir, tiny_teacher, total_steps=8, save_every=2, keep=9)
+            forget_after(run_dir, 4)
+            more = {"total-steps": 8, "save-every": 2, "keep": 9, "resume": True}
+            cases.append(case(folder, run_dir.name, trainer, tiny_teacher, precision, **more))
         for name, (trainer, *texts) in SPOILT.items():
             cases.append({**case(folder, name, trainer, tiny_teacher, "no"), "spoilt": texts})
         run(folder, cases, 1)
@@ -130,8 +145,6 @@ def test_an_evaluation_stays_on_the_device(name, precision, seen):
 
 def test_reports_of_a_trainer_are_those_of_the_cpu(seen, tiny_teacher, tmp_path):
     """kNN and health are computed on the device."""
-    from runs import tiny_run
-
     lines = tiny_run("simsiam", tmp_path / "run", tiny_teacher, total_steps=5, save_every=100)
     there = seen["simsiam no"]["folder"]
     for ours, theirs in zip(lines, metrics(there), strict=True):
@@ -142,32 +155,43 @@ def test_reports_of_a_trainer_are_those_of_the_cpu(seen, tiny_teacher, tmp_path)
     )
 
 
+@pytest.mark.parametrize(("trainer", "precision"), RESUMED)
+def test_a_run_goes_from_the_cpu_to_the_device_and_back(trainer, precision, seen, tiny_teacher, tmp_path):
+    """Checkpoints of an unfused optimizer without a GradScaler, and of a fused one with it."""
+    found = seen[f"{trainer} resumed {precision}"]
+    assert not found["error"]
+    tolerance = {"no": 1e-3, "fp16": 0.2}[precision]
+    whole = [
+        line["loss"] for line in tiny_run(trainer, tmp_path / "cpu", tiny_teacher, total_steps=8, save_every=2, keep=9)
+    ]
+    assert [line["loss"] for line in metrics(found["folder"])] == pytest.approx(whole, rel=tolerance)
+    back = tmp_path / "back"
+    shutil.copytree(found["folder"], back)
+    forget_after(back, 6)
+    lines = tiny_run(trainer, back, tiny_teacher, total_steps=8, save_every=2, keep=9, resume=True)
+    assert [line["loss"] for line in lines] == pytest.approx(whole, rel=tolerance)
+
+
 @pytest.mark.parametrize("name", SPOILT)
 def test_it_notices(name, seen):
     found = seen[name]
     assert "same device" in found["error"] or found["waits"], found
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
-def test_a_first_step_that_is_skipped_leaves_no_rubbish_behind(name):
-    """torch's fused SGD, momentum included, would make its buffers of whatever is in memory."""
+@pytest.mark.parametrize("kind", [common.SGD, common.LARS, torch.optim.AdamW])
+def test_a_first_step_that_is_skipped_leaves_no_rubbish_behind(kind):
+    """torch's fused SGD would make its momentum of whatever is in memory."""
     w, plain = (torch.nn.Parameter(torch.ones(10000)) for _ in range(2))
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    options = {"momentum": 0.9, "weight_decay": 0.0, "device": device}
-    ours, theirs = (
-        common.create_optimizer(name, [p], 0.1, fused=fused, **options)
-        for p, fused in ((w, name != "lars"), (plain, False))
-    )
+    options = {} if kind is torch.optim.AdamW else {"momentum": 0.9}
+    ours, theirs = kind([w], 0.1, fused=True, **options), kind([plain], 0.1, **options)
     scaler, rubbish = torch.amp.GradScaler("cpu"), [torch.full((10000,), 1e30) for _ in range(50)]
     del rubbish  # as any step leaves it
     for step in range(3):
-        for p, optimizer in ((w, ours), (plain, theirs)):
-            optimizer.zero_grad()
-            p.grad = torch.full_like(p, math.inf if step == 0 else 0.5 * scaler.get_scale())
-        scaler.scale(torch.ones(()))  # as a step does
+        ours.zero_grad()
+        scaler.scale((0.5 * w).sum() * (math.inf if step == 0 else 1)).backward()
         scaler.step(ours)
         scaler.update()
         if step:
-            plain.grad.fill_(0.5)
+            plain.grad = torch.full_like(plain, 0.5)
             theirs.step()
     torch.testing.assert_close(w, plain, rtol=1e-6, atol=1e-6)
