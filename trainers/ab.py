@@ -205,7 +205,7 @@ def main(args: Args) -> dict[str, float]:
     common.check_positive(args, "eval_every")
     common.check_positive(args, "init_epochs", least=0)
     num_classes = common.count_classes(args.data, source)
-    queries = common.labelled_queries(args.data, source, queries)
+    _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
     place = {"device": device, "rank": rank, "world": world}
     data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)

@@ -233,7 +233,7 @@ def main(args: Args) -> dict[str, float]:
     common.check_above_zero(args, "kd_temperature", "crd_temperature", "base_lr")
     common.check_positive(args, "eval_every", "crd_dim", "crd_negatives")
     num_classes = common.count_classes(args.data, source)
-    queries = common.labelled_queries(args.data, source, queries)
+    _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
     place = {"device": device, "rank": rank, "world": world}
     data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)

@@ -314,7 +314,7 @@ def gather_stats_with_counts(x, mean, invstd, running_mean, running_var, momentu
     n = counts.view(-1, 1).float()
     total = n.sum()
     m = (mean.float() * n).sum(0) / total
-    var = ((invstd.float() ** -2 - eps + mean.float() ** 2) * n).sum(0) / total - m**2
+    var = ((invstd.float() ** -2 - eps + (mean.float() - m) ** 2) * n).sum(0) / total
     if running_mean is not None:
         running_mean.lerp_(m.to(running_mean.dtype), momentum)
         running_var.lerp_((var * total / (total - 1)).to(running_var.dtype), momentum)
