@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu.py --pack             # before, where everything is installed: fills .gpu/ to carry along
     python tests/benchmarks/gpu.py --minutes 10       # on the machine with the GPU; needs no internet
-    python tests/benchmarks/gpu.py --small            # a trial of all of it on a CPU, MINUTES
-    python tests/benchmarks/gpu.py --pretend          # its parts tests and steps on a pretended GPU, MINUTES
+    python tests/benchmarks/gpu.py --small            # a trial of all of it on a CPU, at most 3 minutes
+    python tests/benchmarks/gpu.py --pretend          # its parts tests and steps on a pretended GPU, likewise
 
 Parts, in this order, each with a share of the time and what earlier ones left of theirs:
   tests      tests/test_gpu.py
@@ -294,6 +294,32 @@ def pretended(asked: bool) -> Iterator:
         yield seen
 
 
+def networks_of(spec: dict) -> tuple[str, str]:
+    """The network that learns and its teacher; ab needs two whose maps before the activation are known."""
+    if spec["trainer"] == "ab":
+        return ("resnet20", "resnet20") if spec["small"] else ("resnet8x4", "resnet32x4")
+    return ("test_resnet", "test_resnet") if spec["small"] else ("resnet18", "resnet50")
+
+
+def words_of(spec: dict, args_class: type, folder: str) -> list[str]:
+    """The command line: what is not given may be fitted to the data, so all that could be is given."""
+    size, batch = (16, 16) if spec["small"] else (32, spec.get("batch", 256))
+    network, _ = networks_of(spec)
+    flags = {
+        "run_dir": folder, "data": spec["data"], "student": network, "backbone": network,
+        "teacher": spec.get("teacher", "random"), "epochs": 100, "image_size": size, "small_crop_size": size // 2,
+        "batch_size": batch, "group_size": 0, "bn_group_size": 0, "queue_length": 4 * batch, "log_every": 10**9,
+        "save_every": 10**9, "num_workers": 0, "compile": spec["compiled"],
+        "small_images": spec.get("small_images", False),
+    }  # fmt: skip
+    flags |= {"small_patch_size": size // 2, "crd_negatives": 4 * batch} if spec["small"] else {}
+    return [
+        f"--{name if value is not False else f'no-{name}'}{'' if isinstance(value, bool) else f'={value}'}"
+        for name, value in flags.items()
+        if name in args_class.__dataclass_fields__
+    ]
+
+
 def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
     """Fill `row`, one figure after the other, from steps of the trainer's loop; a first stage is timed apart."""
     import torch
@@ -332,7 +358,7 @@ def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
         begin(run, first, total, data, *state)
         asked = {k: str(v) for k, v in vars(args).items()}
         row["fitted"] = {k: str(v) for k, v in vars(run.args).items() if str(v) != asked[k]}
-        row["batch"] = data.batch_size
+        row.update(batch=data.batch_size, size=data.views[0][1])
         return measured(data)
 
     def measured(data: common.Batches) -> Iterator[int]:
@@ -355,12 +381,7 @@ def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
             yield from count_pretended(row, steps, seen)
         raise Done
 
-    fields = trainer.Args.__dataclass_fields__
-    size, batch = (16, 16) if small else (32, spec.get("batch", 256))
-    network, teachers = ("test_resnet", "test_resnet") if small else ("resnet18", "resnet50")
-    if spec["trainer"] == "ab":  # needs networks whose maps before the activation are known
-        network, teachers = ("resnet20", "resnet20") if small else ("resnet8x4", "resnet32x4")
-    row.update(size=size)
+    _, teachers = networks_of(spec)
 
     def teacher(*_, num_classes: int = 0, **__) -> hub.Teacher:
         backbone = common.create_backbone(teachers, num_classes=num_classes)
@@ -373,22 +394,9 @@ def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
             import steps as parts  # pretended_gpu/steps.py
 
             stack.enter_context(parts.told_apart(seen))
-        flags = {
-            "run_dir": folder, "data": spec["data"], "student": network, "backbone": network, "teacher": "random",
-            "epochs": 100, "image_size": size, "small_crop_size": size // 2, "batch_size": batch, "group_size": 0,
-            "bn_group_size": 0, "queue_length": 4 * batch, "log_every": 10**9, "save_every": 10**9, "num_workers": 0,
-            "compile": spec["compiled"], "small_images": spec.get("small_images", False),
-        }  # fmt: skip
-        flags |= {"small_patch_size": size // 2, "crd_negatives": 4 * batch} if small else {}
-        if "teacher" in spec:
-            flags["teacher"] = spec["teacher"]
-        elif "teacher" in fields:
+        args = common.parse_args(trainer.Args, words_of(spec, trainer.Args, folder))
+        if "teacher" not in spec and hasattr(args, "teacher"):
             stack.enter_context(mock.patch.object(hub, "load_teacher", teacher))
-        words = [
-            f"--{'' if value is not False else 'no-'}{name}{'' if isinstance(value, bool) else f'={value}'}"
-            for name, value in flags.items() if name in fields
-        ]  # fmt: skip
-        args = common.parse_args(trainer.Args, words)
         with contextlib.suppress(Done):
             trainer.main(args)
 
