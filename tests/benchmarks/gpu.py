@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu.py --pack             # before, where everything is installed: fills .gpu/ to carry along
     python tests/benchmarks/gpu.py --minutes 10       # on the machine with the GPU; needs no internet
-    python tests/benchmarks/gpu.py --small            # a trial of all of it on a CPU, at most 3 minutes
-    python tests/benchmarks/gpu.py --pretend          # its parts tests and steps on a pretended GPU, likewise
+    python tests/benchmarks/gpu.py --small            # a trial of all of it on a CPU, 3 minutes at most (71 s of CPU)
+    python tests/benchmarks/gpu.py --pretend          # its tests and steps on a pretended GPU, 3 minutes at most
 
 Parts, in this order, each with a share of the time and what earlier ones left of theirs:
   tests      tests/test_gpu.py
