@@ -1,17 +1,21 @@
 """What only a CUDA device can show: precisions, compiled networks, resuming, and that it computes what a CPU computes."""
 
 import copy
+import itertools
 import math
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from runs import TRAINERS, tiny_run
 from test_views import EVERYTHING, draw, images
 
 import common
 import hub
+import trainers.shared.networks as networks
 import trainers.shared.views as views
 
 pytestmark = [
@@ -94,6 +98,49 @@ def test_batch_norm_in_groups_is_that_of_a_cpu():
     torch.testing.assert_close(y.grad.cpu(), x.grad, atol=1e-4, rtol=1e-4)
     for name, value in on_cpu.state_dict().items():
         torch.testing.assert_close(on_gpu.state_dict()[name].cpu(), value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["", "channels last"])
+@pytest.mark.parametrize("shape", [(16, 6, 5, 5), (32, 6, 1, 1), (16, 6)], ids=["maps", "pixels", "vectors"])
+def test_synchronised_batch_norm_alone_is_batch_norm(alone, shape, last):
+    """Values, gradients and running statistics, by CUDA's own kernels: those of float64, rounded."""
+    torch.manual_seed(0)
+    means = 10 * torch.arange(6.0).sub(2).view(1, 6, *[1] * (len(shape) - 2))
+    images, grad = (3 * torch.randn(shape) + means).cuda(), torch.randn(shape).cuda()
+    images = images.to(memory_format=torch.channels_last) if last and images.dim() == 4 else images
+
+    def measure(norm: torch.nn.Module, x: torch.Tensor, function) -> list[torch.Tensor]:
+        y = function(x.requires_grad_(), norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        gradients = torch.autograd.grad(y, [x, *norm.parameters()], grad.to(y.dtype))
+        return [y, *gradients, norm.running_mean, norm.running_var]
+
+    def synchronised(*tensors) -> torch.Tensor:
+        return networks._SyncBatchNorm.apply(*tensors, 0.3, 1e-5, None)
+
+    def usual(x, weight, bias, mean, var) -> torch.Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, True, 0.3, 1e-5)
+
+    for affine, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16, torch.float16)):
+        norm, x = torch.nn.BatchNorm2d(6, affine=affine).cuda(), images.to(dtype)
+        for p in norm.parameters():
+            torch.nn.init.normal_(p)
+        grad = grad.to(dtype)  # what float64 gets is what we get
+        theirs = measure(copy.deepcopy(norm).double(), x.double(), usual)
+        ours = measure(norm, x, synchronised)
+        assert ours[0].dtype == ours[1].dtype == dtype and all(f.dtype == torch.float32 for f in ours[2:])
+        close = {"rtol": max(1e-4, torch.finfo(dtype).eps), "atol": 2e-4 if dtype == torch.float32 else 1e-3}
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(
+                found.double(), expected, **close, msg=lambda text, case=(dtype, affine): f"{case}: {text}"
+            )
 
 
 def test_knn_on_the_device_is_that_of_a_cpu():

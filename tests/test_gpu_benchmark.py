@@ -1,13 +1,19 @@
 """tests/benchmarks/gpu.py loses no minute on a GPU: what fails or hangs is recorded, and what follows still runs."""
 
 import argparse
+import importlib
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 
 import pytest
 from conftest import ROOT
+from runs import ENV
+
+import common
+from trainers.shared.fitting import fitted, given_names
 
 FILE = ROOT / "tests" / "benchmarks" / "gpu.py"
 
@@ -22,7 +28,7 @@ def gpu(monkeypatch):
 
 
 def bench_of(gpu, folder, minutes=2.0, **changes):
-    args = {"small": True, "pretend": None, "trainers": ["simsiam"], "parts": list(gpu.PARTS)} | changes
+    args = {"small": True, "pretend": False, "trainers": ["simsiam"], "parts": list(gpu.PARTS)} | changes
     bench = gpu.Bench(argparse.Namespace(minutes=minutes, out=folder / "gpu.json", **args))
     bench.results["machine"] = {"device": "CPU", "torch": "", "cores": 1}
     return bench
@@ -38,6 +44,58 @@ def test_steps_of_a_trainer_are_measured_in_three_precisions(gpu, tmp_path):
     for row in part["rows"][:2]:  # fp16 needs a GPU
         assert row["trainer"] == "simsiam" and row["step_ms"] > row["data_ms"] > 0
     assert "| simsiam | bf16 |" in gpu.tables(written)
+
+
+@pytest.mark.parametrize("small, images", [(True, 5748), (False, 50000)], ids=["trial", "CIFAR-10"])
+def test_every_trainer_gets_what_is_asked_for(small, images, gpu, tmp_path):
+    for name in gpu.TRAINERS:
+        args_class = importlib.import_module(f"trainers.{name}").Args
+        spec = {"trainer": name, "small": small, "data": "digits" if small else str(tmp_path), "compiled": False}
+        args = common.parse_args(args_class, gpu.words_of(spec, args_class, str(tmp_path)))
+        assert args.batch_size == (16 if small else 256) and args.num_workers == 0 and args.compile is False
+        assert fitted(args, given_names(args), images, processes=1, cores=0) == {}, name
+
+
+def pretended_env() -> dict[str, str]:
+    env = {k: v for k, v in ENV.items() if k != "ACCELERATE_USE_CPU"}
+    return env | {"PYTHONPATH": str(ROOT / "tests" / "pretended_gpu")}
+
+
+@pytest.fixture
+def pretended():
+    """Skips where no device can be pretended."""
+    code = "import device; device.install()"
+    done = subprocess.run([sys.executable, "-c", code], env=pretended_env(), capture_output=True, text=True)
+    if "NotHere" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+
+
+def test_a_trainer_of_two_stages_is_measured_on_a_pretended_gpu(pretended, gpu, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    spec = {"trainer": "ab", "compiled": False, "precisions": ["bf16"], "data": "digits"}
+    (row,) = bench_of(gpu, tmp_path, pretend=True).measure("steps", spec, 120)
+    assert "error" not in row and row["batch"] == 16 and row["size"] == 16 and row["fitted"] == {}
+    assert row["step_ms"] > 0 and row["first_stage_ms"] > 0 and row["launches"] > 50 and row["waits_at"] == {}
+
+
+def test_what_only_a_gpu_can_show_is_right_on_a_pretended_one(pretended):
+    """A part of test_gpu.py; `gpu.py --pretend` runs more of it."""
+    some = "synchronised or views or batch_norm or knn or features or [simsiam-no] or compiled"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pretend_in_tests"]
+    words += ["tests/test_gpu.py", "-k", some]
+    done = subprocess.run(words, cwd=ROOT, env=pretended_env(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "11 passed, 3 skipped" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_every_trainer_starts_where_datasets_and_pyarrow_are_not_installed():
+    code = (
+        "import sys, importlib\nsys.modules.update(dict.fromkeys(('datasets', 'pyarrow')))\n"
+        "[importlib.import_module('trainers.' + name) for name in sys.argv[1:]]"
+    )
+    names = [file.stem for file in (ROOT / "trainers").glob("*.py")]
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_part_that_crashes_and_one_that_hangs_do_not_stop_the_next(gpu, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import re
 import runpy
 import subprocess
@@ -13,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import GOLDEN, ROOT
 from golden import replay
 from rederived import trajectories
@@ -274,17 +272,6 @@ def test_a_short_run_from_the_command_line_ends_in_a_release(method, tmp_path, t
     assert "timm.create_model" in said and (tmp_path / "release" / "model.safetensors").exists()
     if method not in LABELLED:
         assert re.search(r"raw pixels +\d+\.\d\d %", said)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_paths_train(precision, compiled, tmp_path, tiny_teacher):
-    AcceleratorState._reset_state(True)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    losses = [line["loss"] for line in tiny_run("smd", tmp_path / "run", tiny_teacher, compile=compiled)]
-    assert len(losses) == 8 and all(map(math.isfinite, losses))
 
 
 def test_help_lists_the_flags_and_the_papers_defaults():

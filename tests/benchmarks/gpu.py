@@ -2,10 +2,11 @@
 
     python tests/benchmarks/gpu.py --pack             # before, where everything is installed: fills .gpu/ to carry along
     python tests/benchmarks/gpu.py --minutes 10       # on the machine with the GPU; needs no internet
-    python tests/benchmarks/gpu.py --small            # a trial on a CPU, about two minutes; --pretend: on a pretended GPU
+    python tests/benchmarks/gpu.py --small            # a trial of all of it on a CPU, 3 minutes at most (71 s of CPU)
+    python tests/benchmarks/gpu.py --pretend          # its tests and steps on a pretended GPU, 3 minutes at most
 
 Parts, in this order, each with a share of the time and what earlier ones left of theirs:
-  tests      pytest -m gpu
+  tests      tests/test_gpu.py
   steps      every trainer in bf16, fp32 and fp16, then compiled: time, data, launches, host waits, peak memory
   authors    SMD's and MoCo's steps against the authors' (DataLoader over PIL transforms), alternating, at 32 and 224 px
   training   SimSiam, then SMD from it: ResNet-18 with the 3x3 stem, CIFAR-10, bf16, with kNN at the end
@@ -42,6 +43,7 @@ from unittest import mock
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 CARRIED = ROOT / ".gpu"
+PRETENDED = ROOT / "tests" / "pretended_gpu"
 DATA = Path(os.environ.get("CLEANDISTILL_DATA", ROOT.parent / "shared" / "data"))
 TRAINERS = sorted(p.stem for p in (ROOT / "trainers").glob("*.py") if not p.stem.startswith("eval_"))
 NEEDED = {  # module: what is lost without it
@@ -130,10 +132,14 @@ def tail(log: Path, count: int = 400) -> str:
 def tests(bench: Bench, part: dict, until: float) -> None:
     """pytest's verdicts are read from its verbose output: a run that is ended keeps those before."""
     log = bench.args.out.with_suffix(".tests.log")
-    words = [sys.executable, "-m", "pytest", "-v", "-rA", "-p", "no:cacheprovider", "-m", "gpu"]
-    words += ["tests/test_gpu.py"] if bench.args.small else ["tests"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "" if bench.args.small or bench.args.pretend else "0")
-    code = bench.process(words, until - time.monotonic(), log, CUDA_VISIBLE_DEVICES=visible)
+    words = [sys.executable, "-m", "pytest", "-v", "-rA", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    env = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "" if bench.args.small else "0")}
+    if bench.args.pretend:
+        words += ["-p", "pretend_in_tests"]
+        env["PYTHONPATH"] = os.pathsep.join([str(PRETENDED), os.environ["PYTHONPATH"]])
+        others = sorted({*TRAINERS, "eval_finetune"} - {*trainers_of(bench)})
+        words += ["-k", " and ".join(f"not [{name}- and not [{name}]" for name in others)] if others else []
+    code = bench.process(words, until - time.monotonic(), log, **env)
     verdicts = dict(re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", log.read_text(), flags=re.M))
     part.update(exit_code=code, counts=dict(Counter(verdicts.values())), log=log.name)
     part["failed"] = [name for name, verdict in verdicts.items() if verdict in ("FAILED", "ERROR")]
@@ -141,10 +147,15 @@ def tests(bench: Bench, part: dict, until: float) -> None:
         part["error"] = f"{'out of time' if code is None else f'exit code {code}'}: {tail(log)}"
 
 
+def trainers_of(bench: Bench) -> list[str]:
+    """Those asked for, else all, or in a trial one of each kind."""
+    return bench.args.trainers or (["simsiam", "smd"] if bench.args.small else TRAINERS)
+
+
 def steps(bench: Bench, part: dict, until: float) -> None:
     """One process a trainer, all precisions; compiled ones after the others of all trainers."""
     part["rows"] = []
-    names = bench.args.trainers or (["simsiam", "smd"] if bench.args.small else TRAINERS)
+    names = trainers_of(bench)
     todo = [(name, False) for name in names] + ([] if bench.args.small else [(name, True) for name in names])
     part["not_reached"] = [f"{name}{', compiled' * compiled}" for name, compiled in todo]
     for name, compiled in todo:
@@ -185,6 +196,8 @@ def training(bench: Bench, part: dict, until: float) -> None:
             seconds = (until - time.monotonic()) / (2 if method == "simsiam" else 1)
             if seconds < 20:
                 raise TimeoutError(f"{seconds:.0f} s left for {method}")
+            if method == "smd" and not any((Path(folder) / "simsiam").glob("step_*")):
+                raise RuntimeError("simsiam left no checkpoint, smd has nothing to learn from")
             part[method] = row = {}
             row.update(train(bench, method, Path(folder), seconds))
             bench.save()
@@ -195,9 +208,10 @@ def train(bench: Bench, method: str, folder: Path, seconds: float) -> dict:
     began, run_dir, log = time.monotonic(), folder / method, bench.args.out.with_suffix(f".{method}.log")
     batch = 16 if bench.args.small else 512
     config = "tiny" if bench.args.small else "resnet18_cifar10"
+    precision = "fp32" if bench.args.small else "bf16"  # a CPU's bf16 kernels have faults
     data = "digits" if bench.args.small else cifar()
     teacher = ["--teacher", folder / "simsiam"] if method == "smd" else []
-    spec = {"trainer": method, "compiled": False, "precisions": ["bf16"], "data": data, "batch": batch}
+    spec = {"trainer": method, "compiled": False, "precisions": [precision], "data": data, "batch": batch}
     spec |= {"teacher": str(folder / "simsiam")} if teacher else {}
     trial = bench.measure("steps", {**spec, "small_images": not bench.args.small}, min(90, seconds / 2))
     if "step_ms" not in trial[0]:
@@ -207,7 +221,7 @@ def train(bench: Bench, method: str, folder: Path, seconds: float) -> dict:
     count = min(at_most, int(0.8 * (seconds - (time.monotonic() - began)) / (trial[0]["step_ms"] / 1e3)))
     words = [sys.executable, ROOT / "trainers" / f"{method}.py", "--config", ROOT / f"configs/{method}/{config}.toml"]
     words += ["--data", data, "--run-dir", run_dir, "--batch-size", batch, "--total-steps", max(1, count), *teacher]
-    env = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    env = {"ACCELERATE_MIXED_PRECISION": PRECISIONS[precision]}
     left = seconds - (time.monotonic() - began)
     code = bench.process(words, left, log, grace=min(10, left / 4), **env)
     file = run_dir / "metrics.jsonl"
@@ -218,6 +232,7 @@ def train(bench: Bench, method: str, folder: Path, seconds: float) -> dict:
     row["knn"] = {
         name.strip(): float(value) for name, value in re.findall(r"^\s*([a-z][\w ]*?) +(\d+\.\d+) %", text, re.M)
     }
+    row["fitted"] = re.findall(r"^fitted to .*", text, re.M)  # flags that are not those asked for
     if code != 0:
         row["error"] = f"{'out of time' if code is None else f'exit code {code}'}: {tail(log)}"
     return row
@@ -253,32 +268,60 @@ def run_parts(bench: Bench) -> None:
 
 def measure_steps(spec: dict, emit: Callable[[dict], None]) -> None:
     """A trainer's own `main`, with a random ResNet-50 as teacher, in each precision."""
-    with pretended(spec["pretend"]) as seen:
-        for precision in spec["precisions"]:
-            row = {k: spec[k] for k in ("trainer", "compiled")} | {"precision": precision}
-            try:
+    for precision in spec["precisions"]:
+        row = {k: spec[k] for k in ("trainer", "compiled")} | {"precision": precision}
+        try:
+            with pretended(spec["pretend"]) as seen:
                 measure_trainer(spec, precision, seen, row)
-            except (Exception, SystemExit) as error:  # what was measured before stays
-                traceback.print_exc()
-                row["error"] = f"{type(error).__name__}: {str(error)[:400]}"
-            emit({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
+        except (Exception, SystemExit) as error:  # what was measured before stays
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {str(error)[:400]}"
+        emit({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
 
 
 @contextlib.contextmanager
-def pretended(folder: str | None) -> Iterator:
-    """On a pretended CUDA device where asked for: what it has seen, else None."""
-    if not folder:
+def pretended(asked: bool) -> Iterator:
+    """On a pretended CUDA device where asked for: what it has seen, else None. Raises device.NotHere."""
+    if not asked:
         yield None
         return
-    os.environ.setdefault("REPO", str(ROOT))
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:0"
-    sys.path.insert(0, folder)
-    with importlib.import_module("pretend").pretend() as seen:
+    sys.path[:0] = [str(PRETENDED)] if str(PRETENDED) not in sys.path else []
+    import device
+
+    device.install()
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device.CUDA)
+    with device.pretend() as seen:
         yield seen
 
 
+def networks_of(spec: dict) -> tuple[str, str]:
+    """The network that learns and its teacher; ab needs two whose maps before the activation are known."""
+    if spec["trainer"] == "ab":
+        return ("resnet20", "resnet20") if spec["small"] else ("resnet8x4", "resnet32x4")
+    return ("test_resnet", "test_resnet") if spec["small"] else ("resnet18", "resnet50")
+
+
+def words_of(spec: dict, args_class: type, folder: str) -> list[str]:
+    """The command line: what is not given may be fitted to the data, so all that could be is given."""
+    size, batch = (16, 16) if spec["small"] else (32, spec.get("batch", 256))
+    network, _ = networks_of(spec)
+    flags = {
+        "run_dir": folder, "data": spec["data"], "student": network, "backbone": network,
+        "teacher": spec.get("teacher", "random"), "epochs": 100, "image_size": size, "small_crop_size": size // 2,
+        "batch_size": batch, "group_size": 0, "bn_group_size": 0, "queue_length": 4 * batch, "log_every": 10**9,
+        "save_every": 10**9, "num_workers": 0, "compile": spec["compiled"],
+        "small_images": spec.get("small_images", False),
+    }  # fmt: skip
+    flags |= {"small_patch_size": size // 2, "crd_negatives": 4 * batch} if spec["small"] else {}
+    return [
+        f"--{name if value is not False else f'no-{name}'}{'' if isinstance(value, bool) else f'={value}'}"
+        for name, value in flags.items()
+        if name in args_class.__dataclass_fields__
+    ]
+
+
 def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
-    """Fill `row`, one figure after the other, from steps of the trainer's loop."""
+    """Fill `row`, one figure after the other, from steps of the trainer's loop; a first stage is timed apart."""
     import torch
     from accelerate.state import AcceleratorState
 
@@ -291,23 +334,40 @@ def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
     trainer = importlib.import_module(f"trainers.{spec['trainer']}")
     cuda, begin = torch.cuda.is_available() and not seen, hub.Run.start
     warm, count = (1, 2) if small else (8, 20)
+    first_stage = 0
 
     def now() -> float:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def start(run: hub.Run, first: int, total: int, data: common.Batches) -> Iterator[int]:
-        begin(run, first, total, data)
-        steps = iter(range(10**9))
+    def two_stages(args, first_epochs: float, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        nonlocal first_stage
+        first_stage = warm + count
+        return first_stage, first_stage + total_steps
+
+    def timed(steps: Iterator[int], name: str) -> Iterator[int]:
         for _ in range(warm):
             yield next(steps)  # main does this step before it asks for the next
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         at = now()
         for _ in range(count):
             yield next(steps)
-        row["step_ms"] = (now() - at) / count * 1e3
+        row[name] = (now() - at) / count * 1e3
+
+    def start(run: hub.Run, first: int, total: int, data: common.Batches, *state) -> Iterator[int]:
+        begin(run, first, total, data, *state)
+        asked = {k: str(v) for k, v in vars(args).items()}
+        row["fitted"] = {k: str(v) for k, v in vars(run.args).items() if str(v) != asked[k]}
+        row.update(batch=data.batch_size, size=data.views[0][1])
+        return measured(data)
+
+    def measured(data: common.Batches) -> Iterator[int]:
+        steps = iter(range(10**9))
+        if first_stage:
+            yield from timed(steps, "first_stage_ms")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield from timed(steps, "step_ms")
         if cuda:
             row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         at = now()
@@ -318,37 +378,38 @@ def measure_trainer(spec: dict, precision: str, seen, row: dict) -> None:
             yield from count_waits(row, steps)
             yield from count_launches(row, steps)
         elif seen:
-            before = len(seen.syncs), sum(ops.total() for ops in seen.ops.values())
-            seen.step = "counted"  # it counts only between the first step and the last
-            yield next(steps)
-            seen.step = None
-            row["waits"] = len(seen.syncs) - before[0]
-            row["launches"] = sum(ops.total() for ops in seen.ops.values()) - before[1]
+            yield from count_pretended(row, steps, seen)
         raise Done
 
-    fields = trainer.Args.__dataclass_fields__
-    size, batch = (16, 16) if small else (32, spec.get("batch", 256))
-    network = "test_resnet" if small else "resnet18"
-    row.update(batch=batch, size=size)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(hub.Run, "start", start),
-        contextlib.ExitStack() as stack,
-    ):
-        flags = {
-            "run_dir": Path(folder), "data": spec["data"], "student": network, "backbone": network, "teacher": "random",
-            "epochs": 100.0, "image_size": size, "small_crop_size": size // 2, "batch_size": batch, "group_size": 0,
-            "bn_group_size": 0, "queue_length": 4 * batch, "log_every": 10**9, "save_every": 10**9, "num_workers": 0,
-            "compile": spec["compiled"], "small_images": spec.get("small_images", False),
-        }  # fmt: skip
-        if "teacher" in spec:
-            flags["teacher"] = spec["teacher"]
-        elif "teacher" in fields:
-            facts = {"source": "random", "architecture": "test_resnet" if small else "resnet50"}
-            teacher = hub.Teacher(common.create_backbone(facts["architecture"]), facts)
-            stack.enter_context(mock.patch.object(hub, "load_teacher", lambda *_, **__: teacher))
+    _, teachers = networks_of(spec)
+
+    def teacher(*_, num_classes: int = 0, **__) -> hub.Teacher:
+        backbone = common.create_backbone(teachers, num_classes=num_classes)
+        return hub.Teacher(backbone, {"source": "random", "architecture": teachers})
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for owner, name, function in ((hub.Run, "start", start), (common, "two_stages", two_stages)):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        if seen:
+            import steps as parts  # pretended_gpu/steps.py
+
+            stack.enter_context(parts.told_apart(seen))
+        args = common.parse_args(trainer.Args, words_of(spec, trainer.Args, folder))
+        if "teacher" not in spec and hasattr(args, "teacher"):
+            stack.enter_context(mock.patch.object(hub, "load_teacher", teacher))
         with contextlib.suppress(Done):
-            trainer.main(trainer.Args(**{k: v for k, v in flags.items() if k in fields}))
+            trainer.main(args)
+
+
+def count_pretended(row: dict, steps: Iterator[int], seen, count: int = 3) -> Iterator[int]:
+    """Ops in a step, and what makes the host wait, by line."""
+    import steps as parts
+
+    seen.syncs.clear()  # what a first stage leaves behind is saved once
+    for _ in range(count):
+        yield next(steps)
+    waits = parts.waits(seen)
+    row.update(launches=sum(parts.ops(seen).values()), waits=sum(waits.values()) / count, waits_at=waits)
 
 
 def count_waits(row: dict, steps: Iterator[int], count: int = 3) -> Iterator[int]:
@@ -491,15 +552,17 @@ def tables(results: dict) -> str:
         ]
     if rows := parts.get("steps", {}).get("rows"):
         lines += [
-            "| trainer | precision | ms/step | data, ms | launches | host waits | peak MiB |",
-            "|---|---|---|---|---|---|---|",
+            "| trainer | precision | ms/step | first stage, ms | data, ms | launches | host waits | peak MiB |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             name = f"| {row['trainer']} | {row.get('precision', '')}{', compiled' * row['compiled']} | "
-            keys = ("step_ms", "data_ms", "launches", "waits", "peak_mib")
+            keys = ("step_ms", "first_stage_ms", "data_ms", "launches", "waits", "peak_mib")
             cells = " | ".join(cell(row, key, 1 if key.endswith("ms") else 0) for key in keys)
-            lines.append(name + (cells + " |" if "step_ms" in row else "failed | | | | |"))
+            lines.append(name + (cells + " |" if "step_ms" in row else "failed | | | | | |"))
         lines.append("")
+        fitted = [f"{row['trainer']} {k} {v}" for row in rows for k, v in row.get("fitted", {}).items()]
+        lines += ["Fitted to the data, not as asked for: " + ", ".join(dict.fromkeys(fitted)), ""] if fitted else []
     if rows := parts.get("authors", {}).get("rows"):
         lines += ["| step | ours, ms | ours, fixed batch, ms | theirs, ms | times as fast |", "|---|---|---|---|---|"]
         for row in rows:
@@ -515,20 +578,22 @@ def tables(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="for everything")
+    parser.add_argument("--minutes", type=float, help="for everything (default: 10; 3 for a trial)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu.json", help="results; logs are written beside it")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="default: all; pretended, tests and steps")
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, help="for the part steps (default: all)")
     parser.add_argument("--small", action="store_true", help="tiny networks and few steps: a trial on a CPU")
-    parser.add_argument(
-        "--pretend", nargs="?", const=str(ROOT / "tests/pretended_gpu"), metavar="FOLDER", help="implies --small"
-    )
+    parser.add_argument("--pretend", action="store_true", help="tests and steps on a pretended GPU; implies --small")
     parser.add_argument("--pack", action="store_true", help="fill .gpu/ from this machine, and end")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pack:
         return pack()
-    args.small = args.small or bool(args.pretend)
+    args.parts = args.parts or (["tests", "steps"] if args.pretend else list(PARTS))
+    args.small = args.small or args.pretend
+    args.minutes = args.minutes or (3 if args.small else 10)
+    if args.small:  # one thread is the fastest for tiny networks, and leaves cores to others
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     paths = [str(ROOT), *([str(CARRIED / "site")] if (CARRIED / "site").is_dir() else [])]
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])

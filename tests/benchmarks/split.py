@@ -65,7 +65,7 @@ def measure(name: str, args) -> list[dict[str, float]]:
             if depth == 0 and steps:
                 steps[-1]["teacher"] += now() - began
 
-    def start(run: hub.Run, first: int, total: int, data: common.Batches) -> Iterator[int]:
+    def start(run: hub.Run, first: int, total: int, data: common.Batches, *_) -> Iterator[int]:
         begin(run, first, total, data)
         for step in range(args.steps + 2):
             steps.append({"data": 0.0, "teacher": 0.0})

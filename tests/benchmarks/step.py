@@ -140,7 +140,7 @@ def run_ours(args, between: Callable[[common.Batches], Iterator[int]]) -> None:
     teacher = hub.Teacher(common.create_backbone("resnet50"), {"source": "random", "architecture": "resnet50"})
     original, trainer = hub.Run.start, importlib.import_module(f"trainers.{args.method}")
 
-    def start(run: hub.Run, first: int, total: int, data: common.Batches) -> Iterator[int]:
+    def start(run: hub.Run, first: int, total: int, data: common.Batches, *_) -> Iterator[int]:
         original(run, first, total, data)
         return between(data)
 

@@ -105,8 +105,8 @@ class Cuda(torch.Tensor):
         memo[id(self)] = new
         return new
 
-    def __reduce_ex__(self, proto):
-        return _rebuilt, (self.elem.detach().clone(), self.requires_grad)
+    def __reduce_ex__(self, proto):  # in a checkpoint: as one that was loaded to the CPU
+        return self.elem.detach().clone().__reduce_ex__(proto)
 
     def __repr__(self, **_):
         return f"Cuda({tuple(self.shape)}, {self.dtype})"
@@ -114,10 +114,6 @@ class Cuda(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return handle(func, args, kwargs or {})
-
-
-def _rebuilt(elem, requires_grad):
-    return Cuda(elem, requires_grad)
 
 
 class Seen:
@@ -314,7 +310,7 @@ def gather_stats_with_counts(x, mean, invstd, running_mean, running_var, momentu
     n = counts.view(-1, 1).float()
     total = n.sum()
     m = (mean.float() * n).sum(0) / total
-    var = ((invstd.float() ** -2 - eps + mean.float() ** 2) * n).sum(0) / total - m**2
+    var = ((invstd.float() ** -2 - eps + (mean.float() - m) ** 2) * n).sum(0) / total
     if running_mean is not None:
         running_mean.lerp_(m.to(running_mean.dtype), momentum)
         running_var.lerp_((var * total / (total - 1)).to(running_var.dtype), momentum)
