@@ -32,6 +32,13 @@ def teacher(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """The same of a CIFAR network, which ab.py needs."""
+    make_run(folder := tmp_path_factory.mktemp("zoo") / "run", make_backbone("resnet20", num_classes=2))
+    return folder
+
+
 def words(method: str, data, teacher, run_dir, *more: str) -> list[str]:
     """A command line of what a user must say: data, a network, its teacher; tiny views and two steps."""
     fields = importlib.import_module(f"trainers.{method}").Args.__dataclass_fields__
@@ -49,8 +56,9 @@ def run(method: str, data, teacher, run_dir, *more: str) -> dict:
 
 
 @pytest.mark.parametrize("method", [*TRAINERS, "eval_linear", "eval_knn", "eval_metrics", "eval_tsne"])
-def test_forty_pictures_train_at_the_first_attempt(forty, teacher, tmp_path, capsys, method):
-    flags = run(method, forty, teacher, tmp_path / "run")
+def test_forty_pictures_train_at_the_first_attempt(forty, teacher, zoo, tmp_path, capsys, method):
+    more = ("--student", "resnet20", "--teacher", str(zoo)) if method == "ab" else ()
+    flags = run(method, forty, teacher, tmp_path / "run", *more)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fitted to ")]
     before = dataclasses.asdict(importlib.import_module(f"trainers.{method}").Args())
     changed = [name for name in ("batch_size", "queue_length", "group_size", "bn_group_size", "k") if name in flags]

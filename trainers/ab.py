@@ -179,6 +179,17 @@ def create_connectors(s: list[common.Shape], t: list[common.Shape]) -> nn.Module
     return nn.ModuleList([nn.Identity() if a == b else MapRegressor(a, b, relu=False) for a, b in pairs])
 
 
+class Student(nn.Module):
+    """Images -> logits. With the maps before the activation, as the authors' loop: a WideResNet's norms see them twice."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return common.forward_stages(self.backbone, x, preact=True)[1]
+
+
 class Connected(nn.Module):
     """The student's maps before the activation, brought to the teacher's shapes: images -> [(B, C, H, W), ...]."""
 
@@ -228,7 +239,7 @@ def main(args: Args) -> dict[str, float]:
         )
     shape_s, shape_t = (common.stage_shapes(n, args.image_size) for n in (backbone.to(device), teacher.backbone))
     connectors = create_connectors(shape_s, shape_t)
-    student = common.set_batch_norm_groups(backbone, args.bn_group_size, args.batch_size)
+    student = common.set_batch_norm_groups(Student(backbone), args.bn_group_size, args.batch_size)
     stages = common.forward_stages
     if args.compile:
         student.compile()
