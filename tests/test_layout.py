@@ -142,6 +142,7 @@ def test_flags_of_the_same_name_have_the_same_doc():
         "base_lr",
         "ce_weight",
         "kd_weight",
+        "method_weight",
         "data",  # annotations have layouts of their own, and Detectron2 decays no normalisation
         "weight_decay",
     }
