@@ -60,7 +60,7 @@ def trajectories(trainer: ModuleType, run_dir: Path, with_head: bool = True) -> 
     replacements = [
         (common.Batches, "batch", record),
         (Accelerator, "prepare", keep),
-        (hub, "load_teacher", lambda _: teacher),
+        (hub, "load_teacher", lambda *_, **__: teacher),
     ]
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
