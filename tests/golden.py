@@ -167,7 +167,9 @@ def replay(trainer: str | ModuleType, npz_path: str | Path, **flags) -> dict[str
         run_dir = Path(folder) / "run"
         args = trainer.Args(**{**{k: v for k, v in known.items() if k in fields}, "run_dir": run_dir, **flags})
         batches = RecordedBatches(images, patches, epoch, args.epochs)
-        source = mock.MagicMock(labels=None, no_labels="", notes=(), bad={}, __len__=lambda _: 10**6, fingerprint=lambda: "recorded")
+        source = mock.MagicMock(
+            labels=None, no_labels="", notes=(), bad={}, __len__=lambda _: 10**6, fingerprint=lambda: "recorded"
+        )
         replacements = [
             (common, "open_source", lambda data, role="train", **_: source if role == "train" else None),
             (common, "Batches", lambda *_, **__: batches),
