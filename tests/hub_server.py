@@ -204,9 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             raise Refusal(409, "You already created this model repo", body={**answer, "error": "exists"})
         first = Commit(hashlib.sha1(repo_id.encode()).hexdigest(), {".gitattributes": b"*.safetensors filter=lfs\n"})
-        private = asked.get("visibility") == "private" or bool(
-            asked.get("private")
-        )  # clients below 1.0 say the latter
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))  # older clients say the latter
         self.hub.repos[repo_id] = Repo(private, [first])
         return Reply(answer)
 
