@@ -204,7 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             raise Refusal(409, "You already created this model repo", body={**answer, "error": "exists"})
         first = Commit(hashlib.sha1(repo_id.encode()).hexdigest(), {".gitattributes": b"*.safetensors filter=lfs\n"})
-        self.hub.repos[repo_id] = Repo(asked.get("visibility") == "private", [first])
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))  # older clients say the latter
+        self.hub.repos[repo_id] = Repo(private, [first])
         return Reply(answer)
 
     def model_info(self, _: bytes, repo_id: str, revision: str | None = None) -> Reply:

@@ -44,7 +44,7 @@ def test_timm_rebuilds_from_a_release_the_network_that_was_trained(name, small, 
     save_backbone(tmp_path, backbone, largest)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.rand(2, 3, side or largest, side or largest, generator=torch.Generator().manual_seed(0))
-    features = backbone(x)
+    features = backbone.requires_grad_(False)(x)  # torch 2.6 multiplies in another order where gradients are wanted
     difference = loaded((x - backbone.input_mean) / backbone.input_std) - features
     assert difference.abs().max() < 1e-5 and features.std() > 1e-3
     assert torch.equal(hub.load_teacher(tmp_path)(x), features)

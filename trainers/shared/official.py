@@ -6,6 +6,7 @@ A chapter of hub.py. The layouts come from the code that writes and reads these 
 import argparse
 import collections
 import errno
+import functools
 import hashlib
 import http.client
 import inspect
@@ -412,11 +413,16 @@ def _zoo_name(state: dict[str, Tensor]) -> str:
     shapes = {_plain(k): v.shape for k, v in state.items()}
     for name, (kind, _) in common.ZOO.items():
         if (last := shapes.get(f"{kind.head_name}.weight")) is not None:
-            with torch.device("meta"):
-                network = timm.create_model(name, num_classes=last[0])
-            if {k: v.shape for k, v in network.state_dict().items()} == shapes:
+            if _zoo_shapes(name, last[0]) == shapes:
                 return name
     return ""
+
+
+@functools.cache
+def _zoo_shapes(name: str, num_classes: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=num_classes)
+    return {k: v.shape for k, v in network.state_dict().items()}
 
 
 def _resnet_name(state: dict[str, Tensor]) -> str:
