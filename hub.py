@@ -33,7 +33,7 @@ import safetensors.torch
 import timm
 import torch
 import tyro
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import common
@@ -326,12 +326,13 @@ def digits_teacher(run: Run) -> str:
     """
     folder = run.dir.parent / "digits_teacher"
     if run.accelerator.is_main_process and not _is_released(folder):
-        beside = folder.with_name(".digits_teacher.lock")
         try:
-            lock = hold(beside)
-        except Timeout:
-            run.say(f"no --teacher: another run is training the small one in {folder}: waiting for it")
-            lock = hold(beside, timeout=-1)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _wait_for(folder.with_name(".digits_teacher.lock"), run, folder)
+            if orphan := _wait_for(folder / ".lock", run, folder):  # a run was killed and its teacher trains on
+                orphan.release(force=True)
+        except OSError as error:
+            raise SystemExit(f"{folder}: not writable ({error.strerror}); free space there, or give --teacher") from None
         try:
             if not _is_released(folder):
                 run.say(f"no --teacher: training a small supervised one first, kept in {folder} for next time")
@@ -341,6 +342,14 @@ def digits_teacher(run: Run) -> str:
                 lock.release(force=True)
     run.accelerator.wait_for_everyone()
     return str(folder)
+
+
+def _wait_for(file: Path, run: Run, folder: Path) -> FileLock | None:
+    try:
+        return hold(file)
+    except Timeout:
+        run.say(f"no --teacher: another run is training the small one in {folder}: waiting for it")
+        return hold(file, timeout=-1)
 
 
 def _is_released(folder: Path) -> bool:
@@ -455,7 +464,7 @@ def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
         config = read_json(checkpoint / "config.json")
         if not config:
             return "no config.json"
-        network = _load_folder(checkpoint, config.get("num_classes") or 0, {}).backbone
+        network = _load_folder(checkpoint, config.get("num_classes") or 0, None, {}).backbone
         if config.get("num_features") != network.num_features:
             return f"config.json says {config.get('num_features')} features, its network has {network.num_features}"
         if not all(bool(v.isfinite().all()) for v in network.state_dict().values()):

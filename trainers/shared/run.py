@@ -119,7 +119,7 @@ class Run:
         set_seed(args.seed, device_specific=False)
         self._start = self._first_step = self._total = self._images = 0
         self._bar = None
-        self._first_bad, self._watched = None, 0
+        self._first_bad, self._watched, self._saved = None, 0, None
         torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # batches of one size or two
         self._trainer, self._lock, self._records, self._accepted = Path(trainer_file), None, {}, False
         if problem := self.same_everywhere(self._refusal() if accelerator.is_main_process else ""):
@@ -266,7 +266,7 @@ class Run:
 
     def _stop_while_waiting(self, state: dict, backbone: nn.Module | None, step: int) -> None:
         if self.stop_requested():
-            if step > self._first_step:
+            if step not in (self._first_step, self._saved):
                 self.save(step, state, backbone)
             self.stop(step)
 
@@ -436,7 +436,8 @@ class Run:
             if self.accelerator.scaler is not None:
                 content["grad_scaler"] = self.accelerator.scaler.state_dict()
             try:
-                shutil.rmtree(beside, ignore_errors=True)
+                for half in self.dir.glob(".step_*"):  # of a run that was killed
+                    shutil.rmtree(half, ignore_errors=True)
                 beside.mkdir()
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
                 if backbone is not None:
@@ -454,6 +455,7 @@ class Run:
                 ) from None
             for old in [c for c in checkpoints(self.dir) if _step(c) <= step][self.args.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
+        self._saved = step
         self.accelerator.wait_for_everyone()
 
     def write_network(self, folder: Path, state: dict, backbone: nn.Module) -> None:
@@ -514,8 +516,6 @@ class Run:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(each.with_name(f"unreadable_{each.name}"), ignore_errors=True)
                     each.rename(each.with_name(f"unreadable_{each.name}"))
-            for half in self.dir.glob(".step_*"):
-                shutil.rmtree(half, ignore_errors=True)
         for name, value in state.items():
             if isinstance(value, Tensor):
                 value.copy_(saved["state"][name])
