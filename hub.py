@@ -332,7 +332,9 @@ def digits_teacher(run: Run) -> str:
             if orphan := _wait_for(folder / ".lock", run, folder):  # a run was killed and its teacher trains on
                 orphan.release(force=True)
         except OSError as error:
-            raise SystemExit(f"{folder}: not writable ({error.strerror}); free space there, or give --teacher") from None
+            raise SystemExit(
+                f"{folder}: not writable ({error.strerror}); free space there, or give --teacher"
+            ) from None
         try:
             if not _is_released(folder):
                 run.say(f"no --teacher: training a small supervised one first, kept in {folder} for next time")
@@ -469,9 +471,9 @@ def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
             return f"config.json says {config.get('num_features')} features, its network has {network.num_features}"
         if not all(bool(v.isfinite().all()) for v in network.state_dict().values()):
             return "weights that are not finite"
-        args = read_json(run_dir / "args.json")
-        facts = run_facts(args, read_json(run_dir / "environment.json").get("trainer"))
-        if config.get("run", facts) != facts:
+        args, environment = (read_json(run_dir / f"{name}.json") for name in ("args", "environment"))
+        facts = run_facts(args, environment.get("trainer"))
+        if args and environment and config.get("run", facts) != facts:
             return f"of another run: {one_line(config['run'])}"
         logged = [record["step"] for record in read_records(run_dir / "metrics.jsonl")]
         if logged and int(checkpoint.name[5:]) > max(logged) + args.get("log_every", 1):

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import multiprocessing.util
 import os
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -169,11 +170,11 @@ class Plan:
             problem = f"exit code 0 with {problem}"
         return problem
 
-    def difference(self, run_dir: Path) -> str:
+    def difference(self, run_dir: Path, but: tuple[str, ...] = ("versions",)) -> str:
         if problem := self.other_training(run_dir):
             return problem
         ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run_dir, self.whole))
-        if {**ours, "versions": None} != {**theirs, "versions": None}:
+        if {k: v for k, v in ours.items() if k not in but} != {k: v for k, v in theirs.items() if k not in but}:
             return f"other figures in results.json: {ours}"
         left = [path.name for path in run_dir.iterdir() if path.name.startswith(".") and path.name != ".lock"]
         return f"left behind: {', '.join(left)}" if left else ""
@@ -195,7 +196,7 @@ class Torture:
     """The undisturbed runs, and every way to disturb one. Each way gives (what was done, what is wrong or "")."""
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.count = folder, random.Random(seed), 0
+        self.folder, self.rng, self.count, self.decks = folder, random.Random(seed), 0, {}
         sources._digits = functools.cache(sources._digits)
         sources._digits("train"), sources._digits("test")
         small = photographs(folder / "small", count=40, sides=(16, 16))
@@ -222,6 +223,13 @@ class Torture:
     def new_folder(self) -> Path:
         self.count += 1
         return self.folder / f"run{self.count}" / "run"
+
+    def each(self, kind: str, choices: Iterable):
+        """One of the choices, at random; none comes again before all have come."""
+        if kind not in self.decks:
+            choices = list(choices)
+            self.decks[kind] = itertools.cycle(self.rng.sample(choices, len(choices)))
+        return next(self.decks[kind])
 
     def copied(self, plan: Plan) -> Path:
         run_dir = self.new_folder()
@@ -293,7 +301,7 @@ class Torture:
         return self.at_random_event(full_from)
 
     def at_random_event(self, way: Callable) -> tuple[str, str]:
-        run_dir, n = self.new_folder(), self.rng.randint(1, self.events)
+        run_dir, n = self.new_folder(), self.each(way.__name__, range(1, self.events + 1))
         child = self.plan.start(run_dir, meddle=lambda: at_file_event(run_dir.parent, way(n)))
         problem = self.plan.ended(child.end(), run_dir, 0, 1, GONE)
         return f"{way.__name__} {n} of {self.events} file events", problem or self.plan.continued(run_dir)
@@ -318,11 +326,8 @@ class Torture:
 
     def releases(self) -> tuple[str, str]:
         """hub.py build is gone or out of space at a file event, beside a release with an exported file; then once more."""
-        run_dir, n, way = (
-            self.copied(self.plan),
-            self.rng.randint(1, self.build_events),
-            self.rng.choice([gone_at, full_from]),
-        )
+        way, n = self.each("builds", itertools.product([gone_at, full_from], range(1, self.build_events + 1)))
+        run_dir = self.copied(self.plan)
         (run_dir / "release" / "model.onnx").write_bytes(b"exported")
         child = self.start_build(run_dir, lambda: at_file_event(run_dir.parent, way(n)))
         problem = child.end().problem(0, 1, GONE)
@@ -370,13 +375,16 @@ class Torture:
 
     def records(self) -> tuple[str, str]:
         """A small file of the run folder is damaged: build, report, list, inspect and --resume work, or name it."""
-        plan = self.rng.choice([self.plan, self.taught])
+        records = [
+            (plan, name)
+            for plan in (self.plan, self.taught)
+            for name in sorted(f.name for f in plan.whole.iterdir() if f.suffix in (".json", ".jsonl", ".py"))
+        ]
+        kinds = ("cut", "zeroed", "gone", "not JSON", "other types", "a folder")
+        (plan, name), kind = self.each("records", itertools.product(records, kinds))
         run_dir = self.copied(plan)
-        file = self.rng.choice(sorted(f for f in run_dir.iterdir() if f.suffix in (".json", ".jsonl", ".py")))
-        kind, content = (
-            self.rng.choice(["cut", "zeroed", "gone", "not JSON", "other types", "a folder"]),
-            file.read_bytes(),
-        )
+        file = run_dir / name
+        content = file.read_bytes()
         damage(file, kind, self.rng)
         commands = [hub._build, hub._inspect, lambda run: hub._report((run,)), lambda run: hub._list(run.parent)]
         outcomes = [Child(lambda command=command: command(run_dir)).end() for command in commands]
@@ -394,7 +402,8 @@ class Torture:
             file.write_bytes(content)
             problem = plan.continued(run_dir)
         elif not problem and file.name != "metrics.jsonl":
-            problem = plan.difference(run_dir)
+            tells = ("report_problem",) if name == "results.json" else ()  # of the damage, which is mended
+            problem = plan.difference(run_dir, ("versions", *tells))
         elif not problem:  # what was lost stays lost
             known = all(line in metrics(plan.whole) for line in (metrics(run_dir) if file.exists() else ()))
             whole = same_weights(run_dir / "release", plan.whole / "release")

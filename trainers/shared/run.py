@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import common
-from trainers.shared.files import give_usual_mode, one_line, read_json, write_whole
+from trainers.shared.files import give_usual_mode, one_line, read_json, read_lines, write_whole
 from trainers.shared.flags import changed_flag, stored_args
 
 SKIPPED = 20  # steps in a row whose loss is not finite that fp16 may take; its scale has been halved as often
@@ -296,7 +296,7 @@ class Run:
         self._accept()
         if self.accelerator.is_main_process:
             log = self.dir / "metrics.jsonl"
-            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            lines = read_lines(log)
             kept = [line for line in lines if 0 <= _logged_step(line) < first_step]
             if len(kept) != len(lines):
                 write_whole(log, "".join(f"{line}\n" for line in kept))
@@ -333,13 +333,12 @@ class Run:
         if self.accelerator.is_main_process:
             facts = {"name": source.name, "images": len(source), "licence": source.licence}
             facts["fingerprint"] = source.fingerprint()
-            file = self.dir / "data.json"
-            with contextlib.suppress(OSError, ValueError):  # none yet, or a cut one, of which nothing can be said
-                before = json.loads(file.read_text()) if getattr(self.args, "resume", False) else {}
+            with contextlib.suppress(SystemExit):  # of a damaged one nothing can be said
+                before = read_json(self.dir / "data.json") if getattr(self.args, "resume", False) else {}
                 kept = {key for key in ("images", "fingerprint") if before.get(key, facts[key]) != facts[key]}
                 if kept:
                     problem = (
-                        f"--resume: --data {source.name} holds other images than those of this run ({before['images']} then, "
+                        f"--resume: --data {source.name} holds other images than those of this run ({one_line(before.get('images'))} then, "
                         f"{len(source)} now): give it its data back, or choose another --run-dir"
                     )
         if problem := self.same_everywhere(problem):
