@@ -477,7 +477,7 @@ def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
             return f"of another run: {one_line(config['run'])}"
         logged = [record["step"] for record in read_records(run_dir / "metrics.jsonl")]
         if logged and int(checkpoint.name[5:]) > max(logged) + args.get("log_every", 1):
-            return f"the run's log ends at step {max(logged)}"
+            return f"metrics.jsonl ends at step {max(logged)}"
         state, step = checkpoint / "state.pt", int(checkpoint.name[5:])
         if state.exists() and torch.load(state, "cpu", weights_only=True, mmap=True)["step"] != step:
             return "its state.pt is of another step"
