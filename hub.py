@@ -42,7 +42,7 @@ import common
 from trainers.shared.card import contradicts, is_ours, read_licence, set_licence, write_card
 from trainers.shared.export import SUFFIXES, export
 from trainers.shared.files import figures as figures_of
-from trainers.shared.files import give_usual_mode, markdown, one_line, read_json, read_records, write_whole
+from trainers.shared.files import give_usual_mode, markdown, one_line, read_json, read_records, reworded, write_whole
 from trainers.shared.official import (
     HOW_TO_GET_A_TEACHER,
     TEACHERS,
@@ -94,7 +94,7 @@ def load_teacher(
             raise SystemExit(f"--teacher {spec}: has a classifier of {own} classes, the data has {num_classes}")
         return teacher
     except SystemExit as error:
-        raise SystemExit(str(error).replace("--teacher", flag)) from None
+        raise reworded(error, str(error).replace("--teacher", flag)) from None
 
 
 def _load_teacher(spec: str, num_classes: int, image_size: int | None) -> Teacher:
@@ -126,7 +126,8 @@ def _load_teacher(spec: str, num_classes: int, image_size: int | None) -> Teache
         try:
             folder = pull(hub_id)
         except SystemExit as error:  # a mistyped path looks like org/name
-            raise SystemExit(f"--teacher {spec}: no such file or folder here, and from the Hub: {error}") from None
+            text = f"--teacher {spec}: no such file or folder here, and from the Hub: {error}"
+            raise reworded(error, text) from None
         return _load_folder(folder, num_classes, image_size, {"source": f"hf-hub:{hub_id}"})
     close = difflib.get_close_matches(spec, TEACHERS, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -185,7 +186,7 @@ def _load_folder(path: Path, num_classes: int, image_size: int | None, facts: di
         try:
             backbone = common.create_backbone(architecture, **options)
         except SystemExit as error:
-            raise SystemExit(f"--teacher {folder / 'config.json'}: {error}") from None
+            raise reworded(error, f"--teacher {folder / 'config.json'}: {error}") from None
         except Exception as error:  # arguments that this architecture does not take
             reason = common.first_line(error)
             raise SystemExit(f"--teacher {folder / 'config.json'}: builds no {architecture} ({reason})") from None

@@ -67,6 +67,11 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def reworded(error: SystemExit, text: str) -> SystemExit:
+    """The error with another text; the exit code of a stop signal stays what it is."""
+    return SystemExit(text) if isinstance(error.code, str) else error
+
+
 def figures(results: dict) -> dict[str, float]:
     """The figures among a results.json's entries, without what no measurement gives."""
     return {k: v for k, v in results.items() if isinstance(v, float) and math.isfinite(v) and abs(v) < 1e15}
