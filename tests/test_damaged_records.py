@@ -1,4 +1,4 @@
-"""Damaged small files of a run folder are one line that names them; a killed run's leftovers hold up nobody."""
+"""Damaged small files of a run folder are one line that names them; kills and stops between them lose nothing."""
 
 import errno
 import os
@@ -126,3 +126,15 @@ def test_no_room_for_the_digits_teacher_is_one_line(run_dir, monkeypatch):
     monkeypatch.setattr(hub, "hold", full)
     message = stop_message(hub.digits_teacher, run)
     assert "digits_teacher" in message and os.strerror(errno.ENOSPC) in message and "--teacher" in message
+
+
+@pytest.mark.parametrize("spec", ["folder", "org/name"])
+def test_a_stop_signal_while_a_teacher_is_loaded_keeps_its_exit_code(run_dir, monkeypatch, spec):
+    def stopped(*_, **__):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(common, "create_backbone", stopped)
+    monkeypatch.setattr(hub, "pull", stopped)
+    with pytest.raises(SystemExit) as stop:
+        hub.load_teacher(run_dir if spec == "folder" else spec)
+    assert stop.value.code == 143
