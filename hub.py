@@ -33,7 +33,7 @@ import safetensors.torch
 import timm
 import torch
 import tyro
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import common
@@ -42,7 +42,7 @@ import common
 from trainers.shared.card import contradicts, is_ours, read_licence, set_licence, write_card
 from trainers.shared.export import SUFFIXES, export
 from trainers.shared.files import figures as figures_of
-from trainers.shared.files import give_usual_mode, markdown, one_line, read_json, read_records, write_whole
+from trainers.shared.files import give_usual_mode, markdown, one_line, read_json, read_records, reworded, write_whole
 from trainers.shared.official import (
     HOW_TO_GET_A_TEACHER,
     TEACHERS,
@@ -94,7 +94,7 @@ def load_teacher(
             raise SystemExit(f"--teacher {spec}: has a classifier of {own} classes, the data has {num_classes}")
         return teacher
     except SystemExit as error:
-        raise SystemExit(str(error).replace("--teacher", flag)) from None
+        raise reworded(error, str(error).replace("--teacher", flag)) from None
 
 
 def _load_teacher(spec: str, num_classes: int, image_size: int | None) -> Teacher:
@@ -126,7 +126,8 @@ def _load_teacher(spec: str, num_classes: int, image_size: int | None) -> Teache
         try:
             folder = pull(hub_id)
         except SystemExit as error:  # a mistyped path looks like org/name
-            raise SystemExit(f"--teacher {spec}: no such file or folder here, and from the Hub: {error}") from None
+            text = f"--teacher {spec}: no such file or folder here, and from the Hub: {error}"
+            raise reworded(error, text) from None
         return _load_folder(folder, num_classes, image_size, {"source": f"hf-hub:{hub_id}"})
     close = difflib.get_close_matches(spec, TEACHERS, n=2)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -185,7 +186,7 @@ def _load_folder(path: Path, num_classes: int, image_size: int | None, facts: di
         try:
             backbone = common.create_backbone(architecture, **options)
         except SystemExit as error:
-            raise SystemExit(f"--teacher {folder / 'config.json'}: {error}") from None
+            raise reworded(error, f"--teacher {folder / 'config.json'}: {error}") from None
         except Exception as error:  # arguments that this architecture does not take
             reason = common.first_line(error)
             raise SystemExit(f"--teacher {folder / 'config.json'}: builds no {architecture} ({reason})") from None
@@ -326,12 +327,15 @@ def digits_teacher(run: Run) -> str:
     """
     folder = run.dir.parent / "digits_teacher"
     if run.accelerator.is_main_process and not _is_released(folder):
-        beside = folder.with_name(".digits_teacher.lock")
         try:
-            lock = hold(beside)
-        except Timeout:
-            run.say(f"no --teacher: another run is training the small one in {folder}: waiting for it")
-            lock = hold(beside, timeout=-1)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _wait_for(folder.with_name(".digits_teacher.lock"), run, folder)
+            if orphan := _wait_for(folder / ".lock", run, folder):  # a run was killed and its teacher trains on
+                orphan.release(force=True)
+        except OSError as error:
+            raise SystemExit(
+                f"{folder}: not writable ({error.strerror}); free space there, or give --teacher"
+            ) from None
         try:
             if not _is_released(folder):
                 run.say(f"no --teacher: training a small supervised one first, kept in {folder} for next time")
@@ -341,6 +345,14 @@ def digits_teacher(run: Run) -> str:
                 lock.release(force=True)
     run.accelerator.wait_for_everyone()
     return str(folder)
+
+
+def _wait_for(file: Path, run: Run, folder: Path) -> FileLock | None:
+    try:
+        return hold(file)
+    except Timeout:
+        run.say(f"no --teacher: another run is training the small one in {folder}: waiting for it")
+        return hold(file, timeout=-1)
 
 
 def _is_released(folder: Path) -> bool:
@@ -460,13 +472,13 @@ def _unfit(checkpoint: Path, run_dir: Path) -> str | None:
             return f"config.json says {config.get('num_features')} features, its network has {network.num_features}"
         if not all(bool(v.isfinite().all()) for v in network.state_dict().values()):
             return "weights that are not finite"
-        args = read_json(run_dir / "args.json")
-        facts = run_facts(args, read_json(run_dir / "environment.json").get("trainer"))
-        if config.get("run", facts) != facts:
+        args, environment = (read_json(run_dir / f"{name}.json") for name in ("args", "environment"))
+        facts = run_facts(args, environment.get("trainer"))
+        if args and environment and config.get("run", facts) != facts:
             return f"of another run: {one_line(config['run'])}"
         logged = [record["step"] for record in read_records(run_dir / "metrics.jsonl")]
         if logged and int(checkpoint.name[5:]) > max(logged) + args.get("log_every", 1):
-            return f"the run's log ends at step {max(logged)}"
+            return f"metrics.jsonl ends at step {max(logged)}"
         state, step = checkpoint / "state.pt", int(checkpoint.name[5:])
         if state.exists() and torch.load(state, "cpu", weights_only=True, mmap=True)["step"] != step:
             return "its state.pt is of another step"

@@ -247,7 +247,7 @@ def test_a_rebuild_that_is_killed_loses_no_exported_file(event, tmp_path, monkey
         patch.setattr(os, "replace", killed)
         hub.build_release(tmp_path / "run")
     assert (hub.build_release(tmp_path / "run") / "model.onnx").read_bytes() == b"exported"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")) == []
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -305,11 +305,11 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     run_module.write_whole(file, "before")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     message = stop_message(run_module.write_whole, file, "after")
-    assert str(file) in message and os.strerror(errno.ENOSPC) in message and "--resume" in message
+    assert str(file) in message and os.strerror(errno.ENOSPC) in message and "free space" in message
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"results.json": "before"}
 
 
-@pytest.mark.parametrize("name", ["args.json", "environment.json", "data.json", "simsiam.py", "results.json"])
+@pytest.mark.parametrize("name", ["args.json", "environment.json", "data.json", "simsiam.py"])
 def test_a_full_disk_under_any_record_is_one_line(train, tmp_path, monkeypatch, name):
     write = os.replace
 

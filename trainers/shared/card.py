@@ -43,7 +43,7 @@ def contradicts(licence: str, chain: str) -> bool:
 
 def read_licence(card: Path) -> str:
     """The licence in the front matter of a model's or a data set's card, "unknown" without one."""
-    front = card.read_text(errors="replace").split("\n---", 1)[0] if card.exists() else ""
+    front = card.read_text(errors="replace").split("\n---", 1)[0] if card.is_file() else ""
     found = dict(re.findall(r"^(license(?:_name)?):[ \t]*(?:\n[ \t]*- )?(\S.*)$", front, re.M))
     return (found.get("license_name") or found.get("license") or "unknown").strip("\"' []")
 
@@ -191,7 +191,7 @@ def _title_and_citation(trainer: Path) -> tuple[str, str]:
     """A trainer's first line, and a BibTeX entry from it: TITLE (AUTHORS, VENUE YEAR, arXiv:ID)."""
     try:
         doc = (ast.get_docstring(ast.parse(trainer.read_bytes())) or "") if trainer.exists() else ""
-    except (SyntaxError, ValueError):  # a damaged copy costs the title only
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # a damaged copy costs the title only
         doc = ""
     title = doc.split("\n", 1)[0].rstrip(".")
     paper = re.match(

@@ -46,15 +46,30 @@ def read_json(path: Path) -> dict:
     return found
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, whatever lies in it; [] where there is no file. Raises SystemExit if it cannot be read."""
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror}); restore or delete it") from None
+
+
 def read_records(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl that name their step; a kill or a full disk cuts the last one."""
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in read_lines(path):
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
+
+
+def reworded(error: SystemExit, text: str) -> SystemExit:
+    """The error with another text; the exit code of a stop signal stays what it is."""
+    return SystemExit(text) if isinstance(error.code, str) else error
 
 
 def figures(results: dict) -> dict[str, float]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
+from trainers.shared.files import one_line, read_json
 from trainers.shared.fitting import FITTED, given_names, named_in, remember_given
-from trainers.shared.folders import first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,19 +27,16 @@ FREE_ON_RESUME = frozenset(
 
 def stored_args(run_dir: Path, trainer: str) -> dict:
     """The flags in a run folder's args.json, none where there is none; SystemExit if environment.json names another trainer."""
-    facts = {}
-    for name in ("environment.json", "args.json"):
-        file = Path(run_dir) / name
-        try:
-            facts[name] = json.loads(file.read_text()) if file.exists() else {}
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--resume: {file}: not whole ({first_line(error)}); choose another --run-dir") from None
-        if not isinstance(facts[name], dict):
-            raise SystemExit(f"--resume: {file}: not whole (no table of values); choose another --run-dir")
-    owner = facts["environment.json"].get("trainer", trainer)
+    try:
+        args, facts = (read_json(Path(run_dir) / name) for name in ("args.json", "environment.json"))
+    except SystemExit as stop:
+        raise SystemExit(f"--resume: {stop}") from None
+    owner = facts.get("trainer", trainer)
     if owner != trainer:
-        raise SystemExit(f"--resume: {run_dir} was written by another trainer, {owner}.py; choose another --run-dir")
-    return facts["args.json"]
+        raise SystemExit(
+            f"--resume: {run_dir} was written by another trainer, {one_line(owner)}.py; choose another --run-dir"
+        )
+    return args
 
 
 def changed_flag(args, stored: dict) -> str:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import common
-from trainers.shared.files import give_usual_mode, one_line, read_json, write_whole
+from trainers.shared.files import give_usual_mode, one_line, read_json, read_lines, write_whole
 from trainers.shared.flags import changed_flag, stored_args
 
 SKIPPED = 20  # steps in a row whose loss is not finite that fp16 may take; its scale has been halved as often
@@ -119,7 +119,7 @@ class Run:
         set_seed(args.seed, device_specific=False)
         self._start = self._first_step = self._total = self._images = 0
         self._bar = None
-        self._first_bad, self._watched = None, 0
+        self._first_bad, self._watched, self._saved = None, 0, None
         torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"  # batches of one size or two
         self._trainer, self._lock, self._records, self._accepted = Path(trainer_file), None, {}, False
         if problem := self.same_everywhere(self._refusal() if accelerator.is_main_process else ""):
@@ -266,7 +266,7 @@ class Run:
 
     def _stop_while_waiting(self, state: dict, backbone: nn.Module | None, step: int) -> None:
         if self.stop_requested():
-            if step > self._first_step:
+            if step not in (self._first_step, self._saved):
                 self.save(step, state, backbone)
             self.stop(step)
 
@@ -296,7 +296,7 @@ class Run:
         self._accept()
         if self.accelerator.is_main_process:
             log = self.dir / "metrics.jsonl"
-            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            lines = read_lines(log)
             kept = [line for line in lines if 0 <= _logged_step(line) < first_step]
             if len(kept) != len(lines):
                 write_whole(log, "".join(f"{line}\n" for line in kept))
@@ -333,13 +333,12 @@ class Run:
         if self.accelerator.is_main_process:
             facts = {"name": source.name, "images": len(source), "licence": source.licence}
             facts["fingerprint"] = source.fingerprint()
-            file = self.dir / "data.json"
-            with contextlib.suppress(OSError, ValueError):  # none yet, or a cut one, of which nothing can be said
-                before = json.loads(file.read_text()) if getattr(self.args, "resume", False) else {}
+            with contextlib.suppress(SystemExit):  # of a damaged one nothing can be said
+                before = read_json(self.dir / "data.json") if getattr(self.args, "resume", False) else {}
                 kept = {key for key in ("images", "fingerprint") if before.get(key, facts[key]) != facts[key]}
                 if kept:
                     problem = (
-                        f"--resume: --data {source.name} holds other images than those of this run ({before['images']} then, "
+                        f"--resume: --data {source.name} holds other images than those of this run ({one_line(before.get('images'))} then, "
                         f"{len(source)} now): give it its data back, or choose another --run-dir"
                     )
         if problem := self.same_everywhere(problem):
@@ -436,7 +435,8 @@ class Run:
             if self.accelerator.scaler is not None:
                 content["grad_scaler"] = self.accelerator.scaler.state_dict()
             try:
-                shutil.rmtree(beside, ignore_errors=True)
+                for half in self.dir.glob(".step_*"):  # of a run that was killed
+                    shutil.rmtree(half, ignore_errors=True)
                 beside.mkdir()
                 torch.save({"step": step, "state": content, "rng": everyone}, beside / "state.pt")
                 if backbone is not None:
@@ -454,6 +454,7 @@ class Run:
                 ) from None
             for old in [c for c in checkpoints(self.dir) if _step(c) <= step][self.args.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
+        self._saved = step
         self.accelerator.wait_for_everyone()
 
     def write_network(self, folder: Path, state: dict, backbone: nn.Module) -> None:
@@ -514,8 +515,6 @@ class Run:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(each.with_name(f"unreadable_{each.name}"), ignore_errors=True)
                     each.rename(each.with_name(f"unreadable_{each.name}"))
-            for half in self.dir.glob(".step_*"):
-                shutil.rmtree(half, ignore_errors=True)
         for name, value in state.items():
             if isinstance(value, Tensor):
                 value.copy_(saved["state"][name])
