@@ -41,6 +41,7 @@ import common
 import hub
 from trainers import simsiam, smd, supervised
 from trainers.shared import sources
+from trainers.shared.card import draw_curve
 
 HANGS = 90  # seconds; a whole run takes less than one on an idle core
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -206,9 +207,11 @@ class Torture:
         self.streamed = Plan(simsiam, [*tiny("simsiam", 24), *streamed], self.new_folder())
         self.taught = Plan(smd, [*tiny("smd", 6), "--subset", "64"], self.new_folder())
         self.kept = {plan.whole.parent for plan in (self.plan, self.streamed, self.taught)}
+        common.parse_args(simsiam.Args, self.plan.flags)  # imports once what every child would import
         self.seconds = {
             plan: self.check_whole(plan.start(plan.whole)) for plan in (self.streamed, self.taught, self.plan)
         }
+        draw_curve(self.plan.whole, folder / "curve.png")  # likewise
         self.events = self.count_events(self.plan.start)
         self.build_events = self.count_events(self.start_build)
 
