@@ -150,7 +150,7 @@ def same_size(*maps: Tensor) -> list[Tensor]:
 
 def ft(student: Tensor, teacher: Tensor) -> Tensor:
     """L_FT: mean absolute difference of the factors' attention. (B, K, H, W) and (B, K, H', W')."""
-    student, teacher = same_size(student, teacher.detach())
+    student, teacher = same_size(student, teacher.detach().to(student.dtype))
     return (attention(student) - attention(teacher)).abs().mean()
 
 

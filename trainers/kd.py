@@ -156,7 +156,7 @@ def attention(f: Tensor) -> Tensor:
 
 def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
     """FitNet's hint: mean squared error of the regressed map. (B, C, H, W) twice -> scalar >= 0."""
-    return F.mse_loss(student, teacher.detach())
+    return F.mse_loss(student, teacher.detach().to(student.dtype))
 
 
 def same_size(*maps: Tensor) -> list[Tensor]:
@@ -167,13 +167,15 @@ def same_size(*maps: Tensor) -> list[Tensor]:
 
 def at(student: Tensor, teacher: Tensor) -> Tensor:
     """Attention transfer of one stage. (B, C, H, W) and (B, C', H', W') -> scalar >= 0."""
-    student, teacher = same_size(student, teacher.detach())
+    student, teacher = same_size(student, teacher.detach().to(student.dtype))
     return (attention(student) - attention(teacher)).square().mean()
 
 
 def sp(student: Tensor, teacher: Tensor) -> Tensor:
     """Similarity-preserving: Gram matrices of the batch with unit rows. (B, ...) and (B, ...) -> scalar >= 0."""
-    g_s, g_t = (F.normalize(f.flatten(1) @ f.flatten(1).T, dim=1) for f in (student, teacher.detach()))
+    g_s, g_t = (
+        F.normalize(f.flatten(1) @ f.flatten(1).T, dim=1) for f in (student, teacher.detach().to(student.dtype))
+    )
     return (g_s - g_t).square().mean()
 
 

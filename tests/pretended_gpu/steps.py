@@ -91,7 +91,7 @@ def drive(trainer, words: list[str], precision: str = "no"):
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device.CUDA)
     AcceleratorState._reset_state(False)
-    overflow = first_step_overflows() if precision == "fp16" else contextlib.nullcontext()
+    overflow = first_step_overflows() if precision == "fp16" and "--resume" not in words else contextlib.nullcontext()
     with device.pretend() as seen, told_apart(seen), overflow:
         trainer.main(common.parse_args(trainer.Args, words))
     return seen
@@ -122,6 +122,8 @@ def waits(seen) -> dict[str, int]:
 def ops(seen) -> dict[str, int]:
     """Ops of the step before the last, by its parts."""
     steps = sorted({step for step, _ in seen.ops if step is not None})
+    if not steps:  # an evaluation without a loop
+        return {}
     chosen = steps[-2] if len(steps) > 1 else steps[-1]
     return {phase: sum(count.values()) for (step, phase), count in seen.ops.items() if step == chosen}
 
