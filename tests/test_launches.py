@@ -254,10 +254,10 @@ def test_lars_of_all_tensors_at_once_is_lars_of_each(clip, dtype):
 def test_lars_is_a_few_dozen_launches_whatever_the_number_of_tensors():
     totals = []
     for times in (1, 20):
-        params = [p for _ in range(times) for p in parameters("meta")]
+        params = [p for _ in range(times) for p in parameters("cpu")]
         lars = common.LARS(params, 0.3, clip=True, momentum=0.9, weight_decay=0.01)
-        with mock.patch.object(torch.optim.SGD, "step"), Launches() as seen:
-            lars.step()
+        with torch.no_grad(), Launches() as seen:
+            lars._scale_gradients(params, 0.3, 0.01, None)  # as on a device; meta tensors count otherwise once dynamo ran
         totals.append(seen.counts.total())
     assert totals[0] == totals[1] <= 30
 

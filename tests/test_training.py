@@ -26,7 +26,7 @@ SABOTAGE = [
     ("simsiam", "0.5 * negative_cosine(p2, z1)", "0.5 * negative_cosine(p1, z1)"),  # the same view twice
     ("simsiam", "args.batch_size / 256", "1"),  # no linear scaling
     ("simsiam", '{"fixed_lr": peak_lr} if args.fix_pred_lr else {}', '{"fixed_lr": 0.5 * peak_lr}'),
-    ("moco", "k.lerp_(q, 1 - m)", "k.lerp_(q, 0 * m)"),  # keys that never move
+    ("moco", "list(encoder_q.parameters()), 1 - m)", "list(encoder_q.parameters()), 0 * m)"),  # keys that never move
     ("moco", "queue[start : start + args.batch_size] = keys", "queue[start : start + args.batch_size] = keys.flip(1)"),
     ("seed", "t[-1][:: args", "t[-1][1 :: args"),  # the second patch enqueued
     ("seed", "[embed(x) for x in inputs]", "[embed(x.flip(0)) for x in inputs]"),
