@@ -257,7 +257,9 @@ def test_lars_is_a_few_dozen_launches_whatever_the_number_of_tensors():
         params = [p for _ in range(times) for p in parameters("cpu")]
         lars = common.LARS(params, 0.3, clip=True, momentum=0.9, weight_decay=0.01)
         with torch.no_grad(), Launches() as seen:
-            lars._scale_gradients(params, 0.3, 0.01, None)  # as on a device; meta tensors count otherwise once dynamo ran
+            lars._scale_gradients(
+                params, 0.3, 0.01, None
+            )  # as on a device; meta tensors count otherwise once dynamo ran
         totals.append(seen.counts.total())
     assert totals[0] == totals[1] <= 30
 
