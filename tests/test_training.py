@@ -57,7 +57,7 @@ SABOTAGE = [
     ("ft", "factors = encoder(t[-2])", "factors = encoder[:-1](t[-2])"),
     ("ft", "init_lr = (args.init_lr or", "init_lr = (2 * args.init_lr or"),
     ("ab", "(s > -1) & (t <= 0)", "(s > -1) & (t > 0)"),  # towards the wrong side of the boundary
-    ("ab", "            if step == init_steps:\n                student.train()\n", ""),  # statistics that stand still
+    ("ab", "* 0.003 / 2**i", "* 0.003 / 3**i"),  # stages weighed otherwise
     ("crd", "(self.teacher, student), (self.student, teacher)", "(self.student, student), (self.teacher, teacher)"),
     ("crd", "memory[rows].lerp(", "memory[rows].lerp(0 * "),  # embeddings that never enter the memory
     ("kd", "z = z / (z.norm(dim=1, keepdim=True) + 1e-7)", "z = z / z.norm()"),
