@@ -332,7 +332,6 @@ MISTAKES = [
     ({"batch_size": 321}, "--batch-size 321: larger than the 320 images"),
     ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
     ({"total_steps": 0, "epochs": 0}, "--epochs 0: must give at least one step"),
-    ({"resume": True}, "--resume: no whole checkpoint"),
 ]
 
 
