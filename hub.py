@@ -795,7 +795,7 @@ def _export(
         build_release(folder)
     side = image_size or network.backbone.input_side
     side = side or (network.config.get("pretrained_cfg") or network.backbone.pretrained_cfg)["input_size"][-1]
-    knn = {"int8_data": data if int8 else "", "subset": subset, "max_loss": max_loss}
+    knn = {"int8_knn": partial(common.open_knn, data, subset, side) if int8 else None, "max_loss": max_loss}
     export(network, to or release / name, format, side=side, head=head, normalise=normalise, **knn)
 
 

@@ -103,6 +103,17 @@ def test_trainer_imports_no_other_trainer(method):
     assert {"common", "hub"} <= modules and not {m for m in modules if m and m.startswith("trainers")}
 
 
+def test_plumbing_imports_neither_common_nor_hub():
+    """Arrows run one way: trainers -> common, hub -> trainers/shared."""
+    files = sorted((ROOT / "trainers" / "shared").glob("*.py"))
+    assert len(files) >= 15
+    for file in files:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+        modules |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+        assert not modules & {"common", "hub"}, file.name
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_flag_is_documented(method):
     body = args_class(method).body

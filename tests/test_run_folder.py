@@ -357,7 +357,7 @@ def test_a_launcher_changes_no_arithmetic(train, tmp_path, monkeypatch, capsys, 
     shutil.rmtree(tmp_path / "run")
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    monkeypatch.setattr(common, "available_cores", lambda: 1)
+    monkeypatch.setattr("trainers.shared.run.available_cores", lambda: 1)
     for name, value in UNUSED.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     train()

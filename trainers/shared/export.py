@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-import common
 from trainers.shared.files import one_line
+from trainers.shared.folders import first_line
+from trainers.shared.views import LEAST_PX
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "pt2": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -57,27 +57,26 @@ def export(
     side: int,
     head: bool = False,
     normalise: bool = False,
-    int8_data: str = "",
-    subset: str = "",
+    int8_knn: Callable[[], Callable] | None = None,
     max_loss: float = 1.0,
 ) -> dict[str, float]:
     """Write a teacher of `hub.load_teacher`, on the CPU, to `target`; prints and returns what was measured.
 
     `head` adds its projection head. The file's input is normalised with the backbone's mean and standard deviation, or
-    in [0, 1] with `normalise`. With `int8_data` (as --data; `subset` of its gallery) an ONNX file's weights are 8-bit
-    and its activations quantised as they come, if kNN on that data loses at most `max_loss` points. Raises SystemExit
+    in [0, 1] with `normalise`. With `int8_knn` an ONNX file's weights are 8-bit and its activations quantised as they
+    come, if kNN loses at most `max_loss` points: it opens data and gives what measures a function of images, in percent. Raises SystemExit
     with one line and leaves no file: a missing package, a network that the format cannot hold, features off by more
     than TOLERANCE, accuracy lost, a full disk.
     """
     if missing := [name for name in NEEDS.get(format, ()) if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"--format {format}: needs {', '.join(missing)}; pip install -e .[export]")
-    if int8_data and format != "onnx":
+    if int8_knn and format != "onnx":
         raise SystemExit(f"--int8: quantises ONNX files, not --format {format}; leave one of the two out")
     if target.is_dir():
         raise SystemExit(f"--to {target}: is a folder; name a file in it")
-    images = _labelled_images(int8_data, subset) if int8_data else None
-    if not isinstance(side, int) or not common.LEAST_PX <= side <= MOST_PX:
-        raise SystemExit(f"--image-size {one_line(side)}: must be between {common.LEAST_PX} and {MOST_PX} pixels")
+    top1 = int8_knn() if int8_knn else None
+    if not isinstance(side, int) or not LEAST_PX <= side <= MOST_PX:
+        raise SystemExit(f"--image-size {one_line(side)}: must be between {LEAST_PX} and {MOST_PX} pixels")
     own = network.backbone.input_side or side
     if side != own:
         raise SystemExit(
@@ -113,10 +112,10 @@ def export(
                     f"(at most {TOLERANCE:g} of it); try another --format"
                 )
             figures |= {"ms torch": _latency(deployed, inputs), f"ms {format}": _latency(run, inputs)}
-            if images:
+            if top1:
                 os.replace(beside, whole)
                 _written(target, partial(_quantise, whole), beside)
-                figures |= _cost_of_int8(deployed, run, beside, images, side, inputs)
+                figures |= _cost_of_int8(deployed, run, beside, top1, inputs)
                 lost = figures["knn"] - figures["knn int8"]
                 if not lost <= max_loss:
                     raise SystemExit(
@@ -139,7 +138,7 @@ def _written(target: Path, save: Callable[[Path], None], file: Path) -> None:
         save(file)
     except Exception as error:
         raise SystemExit(
-            f"{target}: not written ({common.first_line(error)}); free space there, or choose another place: --to FILE"
+            f"{target}: not written ({first_line(error)}); free space there, or choose another place: --to FILE"
         ) from None
 
 
@@ -167,7 +166,7 @@ def _program(deployed: Deployed, format: str, example: Tensor, facts: dict[str, 
         return lambda file: file.write_bytes(content.getvalue())
     except Exception as error:  # each exporter has exceptions of its own
         raise SystemExit(
-            f"--format {format}: cannot hold {facts['architecture']} ({common.first_line(error)}); try another --format"
+            f"--format {format}: cannot hold {facts['architecture']} ({first_line(error)}); try another --format"
         ) from None
 
 
@@ -203,32 +202,22 @@ def open_exported(file: Path, format: str) -> Callable[[Tensor], Tensor]:
     return torch.no_grad()(module)
 
 
-def _labelled_images(data: str, subset: str) -> tuple[common.Source, common.Source]:
-    """A gallery and, at most as many, queries."""
-    gallery, queries = common.open_source(data, "train", subset=subset), common.open_source(data, "eval")
-    gallery, queries = common.labelled_pair(data, gallery, queries)
-    return gallery, queries.take(range(0, len(queries), -(-len(queries) // len(gallery))))
-
-
 def _cost_of_int8(
     deployed: Deployed,
     run: Callable[[Tensor], Tensor],
     file: Path,
-    images: tuple[common.Source, common.Source],
-    side: int,
+    top1: Callable[[Callable[[Tensor], Tensor]], float],
     inputs: Tensor,
 ) -> dict[str, float]:
-    """kNN top-1 (k 20, weighted) of the whole and of the 8-bit file, the latter's size and latency."""
-    quantised, (gallery, queries) = open_exported(file, "onnx"), images
-    accelerator, recipe = Accelerator(cpu=True), common.eval_recipe(side)
+    """kNN top-1 of the whole and of the 8-bit file, the latter's size and latency."""
+    quantised = open_exported(file, "onnx")
     figures = {"MB int8": file.stat().st_size / 1e6, "ms int8": _latency(quantised, inputs)}
     for name, function in {"knn": run, "knn int8": quantised}.items():
 
         def features(x: Tensor, function=function) -> Tensor:
             return function(x if deployed.normalise else (x - deployed.mean) / deployed.std)
 
-        g, q = (common.extract_features(features, s, recipe, side, accelerator) for s in (gallery, queries))
-        figures[name] = common.knn_accuracy(g, gallery.labels, q, queries.labels, min(20, len(gallery)))
+        figures[name] = top1(features)
     return figures
 
 

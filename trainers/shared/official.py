@@ -33,7 +33,9 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
+from trainers.shared.cifar_zoo import ZOO
+from trainers.shared.folders import first_line
+from trainers.shared.networks import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Layout:
     ignored: tuple[str, ...] = ()  # what else the file may hold
     marker: str | tuple[str, ...] = ""  # where the prefix alone does not tell
     plain: bool = False  # the network alone: what is left over is its classifier
-    mean: tuple[float, float, float] | None = common.IMAGENET_MEAN  # that its network was trained with;
-    std: tuple[float, float, float] | None = common.IMAGENET_STD  # None: the architecture's own
+    mean: tuple[float, float, float] | None = IMAGENET_MEAN  # that its network was trained with;
+    std: tuple[float, float, float] | None = IMAGENET_STD  # None: the architecture's own
 
 
 # The tensors lie under one of these, in a dictionary in a dictionary at worst; the averaged ones first, as timm takes them.
@@ -362,9 +364,7 @@ def read_config(file: Path) -> dict:
             if not all(map(rule, given)) or key == "architecture" and key not in config:
                 wrong = wrong or key
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise SystemExit(
-            f"--teacher {file}: not a timm model's ({common.first_line(error)}); fetch it again"
-        ) from None
+        raise SystemExit(f"--teacher {file}: not a timm model's ({first_line(error)}); fetch it again") from None
     if wrong:
         value = json.dumps(config.get(wrong, (cfg or {}).get(wrong) if isinstance(cfg, dict) else None))[:40]
         raise SystemExit(f"--teacher {file}: not a timm model's: {wrong} {value}; mend or fetch it again")
@@ -411,7 +411,7 @@ def _plain(key: str) -> str:
 def _zoo_name(state: dict[str, Tensor]) -> str:
     """Which of the CIFAR networks has exactly these keys and shapes; "" if none."""
     shapes = {_plain(k): v.shape for k, v in state.items()}
-    for name, (kind, _) in common.ZOO.items():
+    for name, (kind, _) in ZOO.items():
         if (last := shapes.get(f"{kind.head_name}.weight")) is not None:
             if _zoo_shapes(name, last[0]) == shapes:
                 return name
@@ -466,7 +466,7 @@ def read_foreign(path: Path) -> dict:
                 f"{path}: refused, loading it would run code ({name}). If you trust it, convert it once: "
                 "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
             ) from None
-        reason = "no torch file" if "Unsupported operand" in str(error) else common.first_line(error).split(". ")[0]
+        reason = "no torch file" if "Unsupported operand" in str(error) else first_line(error).split(". ")[0]
         raise SystemExit(f"{path}: not a whole checkpoint of torch's format ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise SystemExit(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
@@ -521,7 +521,7 @@ def download(url: str, md5: str = "") -> Path:
                 _download(url, target, md5)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise SystemExit(
-            f"{url}: download failed ({common.first_line(error)}); run again to continue it, or fetch it by hand and "
+            f"{url}: download failed ({first_line(error)}); run again to continue it, or fetch it by hand and "
             "give the file as --teacher"
         ) from None
     return target

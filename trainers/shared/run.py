@@ -28,9 +28,12 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-import common
+from trainers.shared.boxes import Annotated
 from trainers.shared.files import give_usual_mode, one_line, read_json, read_lines, write_whole
-from trainers.shared.flags import changed_flag, stored_args
+from trainers.shared.flags import ROOT, changed_flag, check_positive, stored_args
+from trainers.shared.folders import first_line
+from trainers.shared.sources import RESIDENT_PX, Source, available_cores
+from trainers.shared.views import LEAST_PX
 
 SKIPPED = 20  # steps in a row whose loss is not finite that fp16 may take; its scale has been halved as often
 
@@ -76,7 +79,7 @@ def create_accelerator(args) -> Accelerator:
         ValueError,
         ImportError,
     ) as error:  # a precision that the device lacks, a tracker or launcher misconfigured
-        raise SystemExit(f"the launcher's settings do not fit this machine: {common.first_line(error)}") from None
+        raise SystemExit(f"the launcher's settings do not fit this machine: {first_line(error)}") from None
     for variable, (usual, way) in UNUSED.items():
         value = os.environ.get(variable, usual)
         if value.lower() != usual and accelerator.is_main_process:
@@ -106,16 +109,16 @@ class Run:
                 f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {os.environ['WORLD_SIZE']} {trainer_file}"
             )
         positive = ("batch_size", "save_every", "keep", "log_every")
-        common.check_positive(args, *(name for name in positive if hasattr(args, name)))
-        common.check_positive(args, "image_size", least=common.LEAST_PX)
+        check_positive(args, *(name for name in positive if hasattr(args, name)))
+        check_positive(args, "image_size", least=LEAST_PX)
         not_negative = ("num_workers", "bn_group_size", "total_steps")
-        common.check_positive(args, *(name for name in not_negative if hasattr(args, name)), least=0)
+        check_positive(args, *(name for name in not_negative if hasattr(args, name)), least=0)
         if getattr(args, "batch_size", world) % world:
             raise SystemExit(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
         if args.tracker != "none" and [t.value for t in accelerator.log_with] != [args.tracker]:
             raise SystemExit(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or --tracker none")
         if world == 1 and accelerator.device.type == "cpu" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-            torch.set_num_threads(common.available_cores())  # `accelerate launch` leaves a CPU run a single thread
+            torch.set_num_threads(available_cores())  # `accelerate launch` leaves a CPU run a single thread
         set_seed(args.seed, device_specific=False)
         self._start = self._first_step = self._total = self._images = 0
         self._bar = None
@@ -187,7 +190,7 @@ class Run:
             write_whole(self.dir / name, text) if self._accepted else self._records.update({name: text})
 
     def _facts(self) -> dict[str, str]:
-        git = ["git", "-C", str(common.ROOT), "describe", "--always", "--dirty"]
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
         device = self.accelerator.device
         facts = {
@@ -276,7 +279,7 @@ class Run:
         self,
         first_step: int,
         total_steps: int,
-        data: common.Batches | None = None,
+        data=None,
         state: dict | None = None,
         backbone: nn.Module | None = None,
     ) -> Iterator[int]:
@@ -328,7 +331,7 @@ class Run:
         finally:
             self._stepping = False
 
-    def _record_data(self, source: common.Source) -> None:
+    def _record_data(self, source: Source) -> None:
         problem = ""
         if self.accelerator.is_main_process:
             facts = {"name": source.name, "images": len(source), "licence": source.licence}
@@ -589,11 +592,11 @@ class Run:
         except (Exception, SystemExit) as error:  # a plotting library's, a tracker's, memory, a full disk
             if isinstance(error, SystemExit) and not isinstance(error.code, str):
                 raise  # a signal's
-            self.say(f"{what}: failed, the run is whole ({one_line(common.first_line(error))})")
-            self.report_problem = self.report_problem or f"{what}: {one_line(common.first_line(error))}"
+            self.say(f"{what}: failed, the run is whole ({one_line(first_line(error))})")
+            self.report_problem = self.report_problem or f"{what}: {one_line(first_line(error))}"
             return None
 
-    def finish(self, source: common.Source | common.Annotated | None, results: dict) -> None:
+    def finish(self, source: Source | Annotated | None, results: dict) -> None:
         """Close the log, write results.json and, where images could not be read, bad_images.txt.
 
         results.json holds `results`, the trainer's name, the step, the data's fingerprint, the versions, what a figure
@@ -618,7 +621,7 @@ class Run:
             self.attempt(f"--tracker {self.args.tracker}", self.accelerator.end_training)
         self.close()
 
-    def _write_results(self, source: common.Source | common.Annotated | None, results: dict) -> None:
+    def _write_results(self, source: Source | Annotated | None, results: dict) -> None:
         facts = self.attempt("environment.json", read_json, self.dir / "environment.json") or {}
         record = {"trainer": facts.get("trainer", "unknown"), **results}
         if self.released is not None:
@@ -679,7 +682,7 @@ def _why(error: Exception) -> str:
         if os.strerror(number) in str(error)
     ]
     writer = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream"))
-    return known[0] if known else "the disk took only part of it" if writer else common.first_line(error)
+    return known[0] if known else "the disk took only part of it" if writer else first_line(error)
 
 
 def _logged_step(line: str) -> int:
@@ -702,7 +705,7 @@ def _read_checkpoint(folder: Path, state: dict) -> tuple[dict | None, str]:
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         names, step = set(saved["state"]) - {"grad_scaler"}, saved["step"]
     except Exception as error:  # a damaged archive raises whatever its reader meets first
-        return None, f"is not whole ({common.first_line(error)})"
+        return None, f"is not whole ({first_line(error)})"
     if names != set(state):
         return None, f"was written by another trainer (it holds {', '.join(sorted(names))})"
     return (saved, "") if step == _step(folder) else (None, f"is a renamed folder (it holds step {step})")
@@ -741,7 +744,7 @@ def save_backbone(
     crop_pct: float | None = None,
     run: dict | None = None,
 ) -> None:
-    """model.safetensors and config.json, as timm reads them; the view is the one that `common.eval_recipe` cuts."""
+    """model.safetensors and config.json, as timm reads them; the view is the one that `eval_recipe` cuts."""
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in backbone.state_dict().items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     give_usual_mode(folder / "model.safetensors")
@@ -756,7 +759,7 @@ def save_backbone(
             "input_size": [3, side or image_size, side or image_size],
             "fixed_input_size": side is not None,
             "interpolation": interpolation,
-            "crop_pct": crop_pct or (1.0 if image_size <= common.RESIDENT_PX else 0.875),
+            "crop_pct": crop_pct or (1.0 if image_size <= RESIDENT_PX else 0.875),
             "mean": backbone.input_mean.flatten().tolist(),
             "std": backbone.input_std.flatten().tolist(),
             "num_classes": num_classes,
