@@ -206,16 +206,8 @@ def main(args: Args) -> dict[str, float]:
     common.check_above_zero(args, "temperature", "consistency_weight")
     common.check_positive(args, "hidden_dim", least=0)
     views = [(common.RECIPES[args.augmentation], args.image_size)] * 2
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
     if not 0 < args.queue_length <= len(source) or args.queue_length % args.batch_size:
         raise SystemExit(
             f"--queue-length {args.queue_length}: must be a multiple of --batch-size {args.batch_size} and at most the "

@@ -188,16 +188,8 @@ def main(args: Args) -> dict[str, float]:
     num_classes = max(len(source.classes), int(source.labels.max()) + 1)
     train_recipe, recipe = recipes(args)
     views = [(train_recipe, args.image_size)]
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
     if args.checkpoint is None:
         raise SystemExit(f"--checkpoint is missing: {hub.HOW_TO_GET_A_TEACHER}".replace("--teacher", "--checkpoint"))

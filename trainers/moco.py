@@ -222,16 +222,8 @@ def main(args: Args) -> dict[str, float]:
         args.jitter_scale, args.grey_prob, args.blur_prob
     )
     views = [(recipe, args.image_size)] * 2
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
     common.check_positive(args, "embedding_dim")
     common.check_above_zero(args, "temperature")
     if not 0 < args.queue_length <= len(source) or args.queue_length % args.batch_size:

@@ -217,16 +217,8 @@ def main(args: Args) -> dict[str, float]:
     common.check_above_zero(args, "student_temperature", "teacher_temperature")
     count = 2 if args.symmetric else 1
     views = [(recipe, args.image_size)] * count + [(small_recipe, args.small_patch_size)] * args.small_patches
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
     if not 0 < args.queue_length <= len(source) or args.queue_length % args.batch_size:
         raise SystemExit(
             f"--queue-length {args.queue_length}: must be a multiple of --batch-size {args.batch_size} and at most the "

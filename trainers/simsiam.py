@@ -150,16 +150,8 @@ def main(args: Args) -> dict[str, float]:
     args, source, queries = common.open_data(args, run)
     # --- end shared block ---
     views = [(common.RECIPES[args.augmentation], args.image_size)] * 2
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
     backbone = common.create_backbone(args.backbone, image_size=args.image_size, small_images=args.small_images)
     if args.init_from:

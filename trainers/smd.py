@@ -191,16 +191,8 @@ def main(args: Args) -> dict[str, float]:
             f"--group-size {group_size}: must divide --batch-size {args.batch_size} and fit a process's {share}"
         )
     views = [(common.RECIPES[args.augmentation], args.image_size)] * 2
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
     if args.teacher is None and args.data != "digits":
         raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/simsiam.py")

@@ -289,16 +289,8 @@ def main(args: Args) -> dict[str, float]:
     num_classes = common.count_classes(args.data, source)
     _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(recipe, args.image_size) for recipe in common.rotations(common.RECIPES[args.augmentation])]
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
     if args.teacher is None and args.data != "digits":
         raise SystemExit(f"--teacher is missing: {hub.HOW_TO_GET_A_TEACHER}; or train one with trainers/supervised.py")

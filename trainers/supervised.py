@@ -130,16 +130,8 @@ def main(args: Args) -> dict[str, float]:
     num_classes = common.count_classes(args.data, source)
     _, queries = common.labelled_queries(source, queries, run.say) or (source, None)
     views = [(common.RECIPES[args.augmentation], args.image_size)]
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
 
     backbone = common.create_backbone(
         args.backbone, image_size=args.image_size, small_images=args.small_images, num_classes=num_classes

@@ -262,16 +262,8 @@ def main(args: Args) -> dict[str, float]:
     if args.epsilon < 0.02:
         raise SystemExit(f"--epsilon {args.epsilon}: must be at least 0.02, below that codes leave float32's range")
     views = [(recipe, args.image_size)] * args.large_crops + [(small_recipe, args.small_crop_size)] * args.small_crops
-    data = common.Batches(
-        source,
-        views,
-        args.batch_size,
-        seed=args.seed,
-        device=device,
-        num_workers=args.num_workers,
-        rank=rank,
-        world=world,
-    )
+    place = {"device": device, "rank": rank, "world": world}
+    data = common.Batches(source, views, args.batch_size, seed=args.seed, num_workers=args.num_workers, **place)
     if not 0 <= args.queue_length <= len(source) or args.queue_length % args.batch_size:
         raise SystemExit(
             f"--queue-length {args.queue_length}: must be a multiple of --batch-size {args.batch_size} and at most the "
