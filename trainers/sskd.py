@@ -236,12 +236,8 @@ def sskd_losses(
     ss_kept = selected(true_rank(t_similar, own), ss_keep)
     lt = soft_divergence(turned, t_turned, lt_temperature) * lt_kept
     ss = soft_divergence(s_similar, t_similar, ss_temperature) * ss_kept
-    return (
-        F.cross_entropy(upright, target),
-        soft_divergence(upright, t_upright, kd_temperature).mean(),
-        lt.sum() / lt_kept.sum().clamp(min=1),
-        ss.sum() / ss_kept.sum().clamp(min=1),
-    )
+    means = (rows.sum() / kept.sum().clamp(min=1) for rows, kept in ((lt, lt_kept), (ss, ss_kept)))
+    return F.cross_entropy(upright, target), soft_divergence(upright, t_upright, kd_temperature).mean(), *means
 
 
 def load_head(head: nn.Module, path: Path, teacher: str) -> None:
@@ -335,12 +331,9 @@ def main(args: Args) -> dict[str, float]:
     epochs = (total_steps - head_steps) / data.steps_per_epoch
     weights = {"ce": args.ce_weight, "kd": args.kd_weight, "lt": args.lt_weight, "ss": args.ss_weight}
     settings = {
-        "kd_temperature": args.kd_temperature,
-        "lt_temperature": args.lt_temperature,
-        "ss_temperature": args.ss_temperature,
-        "lt_keep": args.lt_keep,
-        "ss_keep": args.ss_keep,
-    }
+        "kd_temperature": args.kd_temperature, "lt_temperature": args.lt_temperature,
+        "ss_temperature": args.ss_temperature, "lt_keep": args.lt_keep, "ss_keep": args.ss_keep,
+    }  # fmt: skip
     moves = data.epoch if args.lr_per_epoch else data.progress
 
     for step in run.start(first_step, total_steps, data, state, backbone):
